@@ -1,0 +1,53 @@
+"""Fixtures shared by all tests: where the real photographs are, and what `gpu` means."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="a test marked gpu fails instead of skipping")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or config.getoption("--require-gpu"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here: run `make gpu-check` on a machine with one"))
+
+
+def data_root() -> Path | None:
+    """The folder with the photographs: $VQSA_DATA, else ../shared/data beside the checkout."""
+    root = Path(os.environ.get("VQSA_DATA", ROOT.parent / "shared" / "data"))
+    return root if root.is_dir() else None
+
+
+def _extracted(archive: str, tmp: pytest.TempPathFactory) -> Path:
+    root = data_root()
+    path = root / archive if root else None
+    if path is None or not path.is_file():
+        pytest.skip(f"{archive} is not there: set VQSA_DATA to the folder that holds it")
+    out = tmp.mktemp(path.stem.removesuffix(".tar"))
+    with tarfile.open(path) as tar:
+        tar.extractall(out, filter="data")
+    return out
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 ImageNet photographs at native size, `<wnid>/<name>.JPEG`; skips where absent."""
+    return _extracted("imagenet-sample/imagenet-sample.tar", tmp_path_factory) / "imagenet-sample"
+
+
+@pytest.fixture(scope="session")
+def imagenette_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Imagenette at 112 px, `train/<wnid>/` and `val/<wnid>/`; skips where absent."""
+    return _extracted("imagenette-112/imagenette-112.tar.gz", tmp_path_factory) / "imagenette-112"
