@@ -16,7 +16,7 @@ _PATH = Path(__file__).with_name("libvqsa_records.so")
 class ScanStruct(ctypes.Structure):
     """`VqsaScan` of csrc/scan.h."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants a plain list
+    _fields_ = [
         ("fault", c_int32),
         ("format", c_int32),
         ("width", c_int32),

@@ -21,7 +21,7 @@ _FORMATS: tuple[Literal["", "jpeg", "png"], ...] = ("", "jpeg", "png")
 
 
 def _fault_words() -> tuple[str, ...]:
-    words = []
+    words: list[str] = []
     while (text := library.vqsa_fault_words(len(words))) is not None:
         words.append(text.decode())
     return tuple(words)

@@ -1,0 +1,162 @@
+"""Open shard files: a bounded set of descriptors for `pread`, and mappings that hold none."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.manifest import ShardFile
+from shards.native import library
+
+
+def _wrong_size(path: Path, wanted: int, found: int) -> ValueError:
+    return ValueError(
+        f"{path}: {found} bytes, the manifest says {wanted}; the shard is cut off or from another build: "
+        "copy or build the set again"
+    )
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path}: shard file missing, the manifest lists it; copy or build the set again"
+    )
+
+
+def check_file(path: Path, shard: ShardFile) -> None:
+    """Raise FileNotFoundError or ValueError unless the shard file is there and of its size."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise _missing(path) from None
+    if found != shard.size:
+        raise _wrong_size(path, shard.size, found)
+
+
+class _Mapping:
+    """A read-only mapping of one file; numpy arrays made from it keep it alive."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        found, address = ctypes.c_uint64(size), ctypes.c_void_p()
+        error = library.vqsa_map_file(os.fsencode(path), ctypes.byref(found), ctypes.byref(address))
+        if error == errno.ESTALE:
+            raise _wrong_size(path, size, found.value)
+        if error == errno.ENOENT:
+            raise _missing(path)
+        if error:
+            raise OSError(error, f"{os.strerror(error)}: cannot map the shard", str(path))
+        self._address, self._size = address, size
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address.value, True),
+        }
+
+    def __del__(self) -> None:
+        if hasattr(self, "_address"):
+            library.vqsa_unmap_file(self._address, self._size)
+
+
+class Handles:
+    """Descriptors and mappings of a set's shard files, opened when first needed. Thread-safe.
+
+    Args:
+        folder: where the shard files are.
+        shards: the manifest's list; a file of another size is refused when it is opened.
+        max_open: descriptors kept open at a time, beyond those in use.
+    """
+
+    def __init__(self, folder: Path, shards: list[ShardFile], max_open: int) -> None:
+        self._folder, self._shards, self._max_open = folder, shards, max_open
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._fds: OrderedDict[int, int] = OrderedDict()
+        self._users: dict[int, int] = {}
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def _own(self) -> None:
+        # After a fork the lock may be held by a thread that does not exist here, so the child starts
+        # over; the descriptors it inherited stay the parent's business and are not closed.
+        if self._pid != os.getpid():
+            self._start()
+
+    def mapped(self, shard: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a whole shard file, read-only."""
+        self._own()
+        view = self._maps.get(shard)
+        if view is None:
+            with self._lock:
+                view = self._maps.get(shard)
+                if view is None:
+                    info = self._shards[shard]
+                    view = np.asarray(_Mapping(self._folder / info.name, info.size))
+                    self._maps[shard] = view
+        return view
+
+    def acquire(self, shards: Iterable[int]) -> dict[int, int]:
+        """Descriptors of some shards, open until `release` of the same shards."""
+        self._own()
+        fds: dict[int, int] = {}
+        with self._lock:
+            try:
+                for shard in shards:
+                    if shard not in self._fds:
+                        self._make_room()
+                        self._fds[shard] = self._open(shard)
+                    self._fds.move_to_end(shard)
+                    self._users[shard] = self._users.get(shard, 0) + 1
+                    fds[shard] = self._fds[shard]
+            except BaseException:
+                self._release(fds)
+                raise
+        return fds
+
+    def release(self, shards: Iterable[int]) -> None:
+        """Give back what `acquire` returned."""
+        with self._lock:
+            self._release(shards)
+
+    def _release(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            self._users[shard] -= 1
+            if not self._users[shard]:
+                del self._users[shard]
+
+    def _make_room(self) -> None:
+        if len(self._fds) >= self._max_open:
+            oldest = next((shard for shard in self._fds if shard not in self._users), None)
+            if oldest is not None:
+                os.close(self._fds.pop(oldest))
+
+    def _open(self, shard: int) -> int:
+        info = self._shards[shard]
+        path = self._folder / info.name
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _missing(path) from None
+        found = os.fstat(fd).st_size
+        if found != info.size:
+            os.close(fd)
+            raise _wrong_size(path, info.size, found)
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptors nobody reads through and drop the mappings; views stay valid."""
+        self._own()
+        with self._lock:
+            for shard in [s for s in self._fds if s not in self._users]:
+                os.close(self._fds.pop(shard))
+            self._maps.clear()
