@@ -1,0 +1,193 @@
+"""VQSA: trunk → codebook → fusion → two-token self-attention → head.
+
+Shapes: B = images, H, W = image size, D = feature dimension, h, w = feature map size, C = classes, K = codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import TwoTokenAttention
+from model.backbone import Trunk, load_weights
+from model.codebook import Codebook
+from model.config import ModelConfig
+from model.head import Head
+from model.losses import cross_entropy, total_loss
+
+
+class Losses(NamedTuple):
+    """What a forward pass with labels returns; scalars are float32."""
+
+    loss: Tensor
+    """What to minimise: vq + β·commit + λ·ce."""
+
+    ce: Tensor
+    """Cross entropy, unweighted."""
+
+    vq: Tensor
+    """L_vq, unweighted; zero without a codebook."""
+
+    commit: Tensor
+    """L_cmt, unweighted; zero without a codebook."""
+
+    logits: Tensor
+    """(B, C), detached from nothing: gradients may flow."""
+
+    code_index: Tensor | None
+    """int64 codes, (B, h, w) for quantise "map", (B,) for "pooled", None without a codebook."""
+
+
+class Features(NamedTuple):
+    """What a forward pass with return_features=True returns."""
+
+    logits: Tensor
+    """(B, C)."""
+
+    map: Tensor
+    """(B, D, h, w), the trunk's output."""
+
+    z: Tensor
+    """(B, D), the pooled feature."""
+
+    quantised: Tensor | None
+    """(B, D) float32, the pooled codes ("map") or the code of the pooled feature ("pooled")."""
+
+    code_index: Tensor | None
+    """As in Losses."""
+
+    sqdist: Tensor | None
+    """float32, shape of code_index: the distance that the search minimised."""
+
+    fused: Tensor
+    """(B, D) or (B, 2D), the input of the head."""
+
+    attention: Tensor | None
+    """(B, 2, 2) float32 weights [k, q], tokens (code, feature); None without attention."""
+
+
+class VQSA(nn.Module):
+    """The classifier of the paper, its ablations, and the authors' variant, by ModelConfig.
+
+    quantise "map" (paper): every position is quantised, then z and its code are averaged over positions.
+    quantise "pooled" (authors' code): z is averaged first, then quantised. quantise "none": trunk and one
+    layer.
+
+    Every parameter takes part in every forward pass with labels, in every variant.
+
+    Args:
+        config: the choices.
+        num_classes: C.
+
+    Raises:
+        ValueError, FileNotFoundError: no classes, or pretrained weights that are not there or do not fit.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"a classifier needs at least one class, got {num_classes}")
+        self.config = config
+        self.num_classes = num_classes
+        self.trunk = Trunk(config.trunk, config.stem, config.freeze_bn)
+        dim = self.trunk.dim
+        quantised = config.quantise != "none"
+        self.codebook = (
+            Codebook(
+                config.codes, dim, config.metric, config.init, config.init_seed, config.reduction,
+                config.search_memory_mib,
+            )
+            if quantised
+            else None
+        )  # fmt: skip
+        self.attention = (
+            TwoTokenAttention(dim, config.attention_scale, config.released_eval_scale)
+            if config.attention
+            else None
+        )
+        self.head = Head(dim, num_classes, paired=quantised and config.fusion == "concat")
+        if config.weights:
+            load_weights(self.trunk, self.head.fc, config.weights)
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, return_features: bool = False
+    ) -> Tensor | Losses | Features:
+        """Classify.
+
+        Args:
+            images: (B, 3, H, W) floating, normalised; channels_last is kept.
+            labels: (B,) int64 in [0, C).
+            return_features: give the intermediate results instead.
+
+        Returns:
+            logits (B, C); with labels a Losses; with return_features a Features.
+
+        Raises:
+            ValueError: labels and return_features together; a codebook that has no codes yet, in evaluation.
+        """
+        if labels is not None and return_features:
+            raise ValueError(
+                "VQSA gives either losses (labels) or features (return_features); call it twice for both"
+            )
+        map_BDhw: Tensor = self.trunk(images)
+        z_BD = _pool(map_BDhw)
+        zero = torch.zeros((), device=z_BD.device)
+        code_BD = index = sqdist = attention_B22 = None
+        vq = commit = zero
+        fused = z_BD
+        if self.codebook is not None:
+            if self.config.quantise == "map":
+                batch, dim, height, width = map_BDhw.shape
+                # (B, h, w, D) is how channels_last lies in memory: no copy there.
+                result = self.codebook(map_BDhw.permute(0, 2, 3, 1).reshape(-1, dim))
+                code_BD = result.quantised_ND.view(batch, height * width, dim).mean(1)
+                index = result.index_N.view(batch, height, width)
+                sqdist = result.sqdist_N.view(batch, height, width)
+            else:
+                result = self.codebook(z_BD)
+                code_BD, index, sqdist = result.quantised_ND, result.index_N, result.sqdist_N
+            vq, commit = result.vq_loss, result.commit_loss
+            if self.config.fusion == "replace":
+                fused = code_BD
+            elif self.config.fusion == "add":
+                fused = z_BD + code_BD
+            elif self.attention is None:
+                fused = torch.cat([code_BD, z_BD], dim=1)
+            else:
+                tokens_B2D, attention_B22 = self.attention(code_BD, z_BD)
+                fused = tokens_B2D.flatten(1)
+        logits: Tensor = self.head(fused)
+        if return_features:
+            return Features(logits, map_BDhw, z_BD, code_BD, index, sqdist, fused, attention_B22)
+        if labels is None:
+            return logits
+        ce = cross_entropy(logits, labels)
+        loss = total_loss(ce, vq, commit, self.config.beta, self.config.lambda_ce)
+        return Losses(loss, ce, vq, commit, logits, index)
+
+    @torch.no_grad()
+    def initialise_codebook(self, images: Tensor) -> None:
+        """Draw the codes from these images if they wait for data, else do nothing.
+
+        The first training pass does it too; calling this first keeps it out of a compiled graph and, in an
+        evaluation-mode trunk, out of the running statistics. On several ranks all must call it.
+        """
+        if self.codebook is None or self.codebook.is_initialised:
+            return
+        map_BDhw: Tensor = self.trunk(images)
+        z_ND = (
+            map_BDhw.permute(0, 2, 3, 1).flatten(0, 2) if self.config.quantise == "map" else _pool(map_BDhw)
+        )
+        self.codebook.initialise_from(z_ND)
+
+
+def _pool(map_BDhw: Tensor) -> Tensor:
+    """Mean over positions in float32: bfloat16's own sum would cost the feature its last digits."""
+    return map_BDhw.float().mean((2, 3))
+
+
+def build(config: ModelConfig, num_classes: int) -> VQSA:
+    """Build the model that a configuration describes."""
+    return VQSA(config, num_classes)
