@@ -277,8 +277,8 @@ def read_header(folder: Path) -> Header:
     path = folder / HEADER_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: no {HEADER_NAME}, so this is not a finished shard set; if a build was interrupted, run "
-            "the same tools/build_shards.py command again and it continues"
+            f"{folder}: no {HEADER_NAME}, so this is not a finished shard set; if a build was interrupted, "
+            "run the same tools/build_shards.py command again and it continues"
         )
     size = path.stat().st_size
     if size > _MAX_HEADER_BYTES:

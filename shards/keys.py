@@ -1,0 +1,60 @@
+"""Sample keys: unique, deterministic, and safe for everybody who reads WebDataset tars.
+
+WebDataset cuts a member's base name at its first dot, DALI's index separates fields by blanks, and a
+plain ustar header holds 100 bytes. So a key is made of letters and digits (of any script), `_` and
+`-`, and is at most 80 bytes long.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+import xxhash
+
+_MAX_BYTES = 80
+_HASH_DIGITS = 12
+
+
+def sample_key(class_name: str, path: str) -> str:
+    """The key of one image before duplicates are told apart.
+
+    Args:
+        class_name: the class folder's name.
+        path: the image's path inside that folder, with `/`.
+
+    Returns:
+        The path without its extension, led by the class name unless the file name starts with it, as
+        ImageNet's do: (`n01440764`, `n01440764_18.JPEG`) gives `n01440764_18`.
+    """
+    folder, _, base = path.rpartition("/")
+    stem, dot, _ = base.rpartition(".")
+    stem = stem if dot and stem else base
+    whole = f"{folder}/{stem}" if folder else stem
+    if not whole.startswith(f"{class_name}_"):
+        whole = f"{class_name}_{whole}"
+    text = unicodedata.normalize("NFC", whole)
+    key = "".join(c if c.isalnum() or c in "_-" else "_" for c in text)
+    if len(key.encode()) <= _MAX_BYTES:
+        return key
+    digest = xxhash.xxh3_64_hexdigest(whole.encode("utf-8", "surrogateescape"))[:_HASH_DIGITS]
+    head = key.encode()[: _MAX_BYTES - _HASH_DIGITS - 1].decode(errors="ignore")
+    return f"{head}-{digest}"
+
+
+def unique_keys(images: Iterable[tuple[str, str]]) -> list[str]:
+    """Keys of (class name, path in class) pairs; the second of equal keys gets `-2`, and so on.
+
+    Which one is the second follows from the order given alone, so sort first.
+    """
+    taken: set[str] = set()
+    last: dict[str, int] = {}
+    keys = []
+    for class_name, path in images:
+        key = wanted = sample_key(class_name, path)
+        while key in taken:
+            last[wanted] = last.get(wanted, 1) + 1
+            key = f"{wanted}-{last[wanted]}"
+        taken.add(key)
+        keys.append(key)
+    return keys

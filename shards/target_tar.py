@@ -1,0 +1,96 @@
+"""One shard as a WebDataset tar, with the index that DALI's own reader wants beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import xxhash
+from webdataset import TarWriter
+
+from shards.manifest import ShardFile, sync_folder, write_file
+
+_BLOCK = 512
+
+
+class HashingFile:
+    """A file that is only written to, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class TarShardWriter:
+    """Writes `<key>.cls` and `<key>.<extension>` members; nothing has the final name before `finish`.
+
+    Times, owner and mode are fixed, so the same samples give the same bytes. Used as a context, it
+    removes what it wrote when an exception passes through.
+
+    Args:
+        path: the tar's final path.
+        temporary: where it is written until then, on the same file system.
+    """
+
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self._path, self._temporary = path, temporary
+        self._file = temporary.open("wb", buffering=1 << 20)
+        self._out = HashingFile(self._file)
+        self._tar = TarWriter(
+            self._out, encoder=False, mtime=0, user="vqsa", group="vqsa", mode=0o444, compress=False
+        )
+        self._index: list[str] = []
+
+    def add(self, key: str, extension: str, data: bytes, label: int) -> int:
+        """Append one sample; returns the offset of the image's bytes in the tar."""
+        text = str(label).encode()
+        # Members of a sample are written in the order of their extensions: cls comes first.
+        self._tar.write({"__key__": key, "cls": text, extension: data})
+        end: int = self._tar.tarstream.offset
+        offset = end - -(-len(data) // _BLOCK) * _BLOCK
+        label_offset = offset - 2 * _BLOCK
+        self._index.append(
+            f"cls {label_offset} {len(text)} {key}.cls {extension} {offset} {len(data)} {key}.{extension}\n"
+        )
+        return offset
+
+    def finish(self) -> ShardFile:
+        """Make the tar and its index durable under their final names, the tar last."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = f"v1.2 {len(self._index)}\n" + "".join(self._index)
+        write_file(self._path.with_suffix(".idx"), index.encode())
+        self._temporary.replace(self._path)
+        sync_folder(self._path.parent)
+        return ShardFile(
+            name=self._path.name,
+            size=self._out.size,
+            samples=len(self._index),
+            xxh3_128=self._out.hexdigest(),
+        )
+
+    def __enter__(self) -> TarShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+            # Closing flushes, which fails again on a full disk; the first error already tells.
+            with contextlib.suppress(OSError):
+                self._file.close()
