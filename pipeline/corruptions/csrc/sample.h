@@ -1,0 +1,75 @@
+// One image's work order, and the tables every stage may read. Plain data: the same structs are
+// passed to CPU functions and, packed, as CUDA kernel parameters.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "constants.h"
+#include "kinds.h"
+
+namespace vqsa {
+
+struct Sample {
+  const uint8_t* in;      // height x width x 3, RGB
+  uint8_t* out;           // the same size; never overlaps `in`
+  uint32_t* fields;       // the draw's result, layout per kind (fields.h)
+  const uint32_t* noise;  // raw noise to shape instead of Philox's, or null
+  uint8_t* work;          // scratch: kAccWords zeroed words, then what plan() says
+  uint64_t key;
+  int32_t height, width;
+  int16_t kind;
+  uint8_t severity, set, flavour;
+};
+
+constexpr int64_t kMaxPixels = int64_t{1} << 24;  // of one image, so that sums fit in 32 bits
+
+// Zeroed words at the start of a sample's scratch, for sums, extrema and histograms.
+constexpr int kAccWords = 320;
+
+struct GaussianTaps {
+  int32_t radius;
+  float w[64];  // w[0] is the centre, w[k] the weight at distance k
+};
+
+struct DiskKernel {
+  int32_t radius;        // the support is (2 * radius + 1) squared
+  float w[11 * 11];      // quadrant: w[|dy| * 11 + |dx|]
+  int32_t inner[11];     // per |dy|: |dx| <= inner has the plateau weight, or -1
+  int32_t outer[11];     // per |dy|: |dx| <= outer is not zero, or -1
+  float plateau;
+};
+
+struct PoissonTable {
+  int32_t first[256];    // smallest count with a threshold, per pixel value
+  int32_t length[256];   // thresholds per pixel value
+  int32_t offset[256];   // of the value's thresholds in Tables::poisson_thresholds
+  uint8_t level[1024];   // count -> output level
+};
+
+struct QuantTable {
+  // Divisors and multipliers of luma [0] and chroma [1], natural order.
+  int32_t step[2][64];
+};
+
+struct Texture {
+  const uint8_t* rgb;
+  int32_t height, width;
+};
+
+struct Tables {
+  Constants constants[kConstantSets][20][5];
+  double elastic_bethge_alpha[5];
+  GaussianTaps gaussian[kConstantSets][5];     // gaussian_blur
+  GaussianTaps glass[kConstantSets][5];
+  GaussianTaps spatter_layer[kConstantSets][5];
+  GaussianTaps spatter_mud[kConstantSets][5];
+  GaussianTaps elastic[kConstantSets][5];      // radius -1 where the dense form is used
+  DiskKernel disk[kConstantSets][5];
+  PoissonTable poisson[kConstantSets][5];
+  const uint32_t* poisson_thresholds;          // count k when the word is >= k thresholds
+  const uint16_t* poisson_guide;               // [set][severity][value][word >> 24] -> lower bound, less `first`
+  QuantTable quant[101];                       // by quality
+  Texture frost[4][4];                         // [variant][texture]: as stored, x1.1, x0.3, x0.2
+};
+
+}  // namespace vqsa

@@ -1,0 +1,36 @@
+// The list of all stages. A stage is a struct with
+//   tiles(sample, shape)         how many blocks it takes
+//   shared_bytes(sample, shape)  memory that the threads of a block share
+//   run(block, sample, tile, iteration)
+#pragma once
+#include "stage_colour.h"
+#include "stage_noise.h"
+
+#define VQSA_STAGES(X)                              \
+  X(kStageCopy, Copy)                               \
+  X(kStageClear, Clear)                             \
+  X(kStageGaussianFused, NoiseFused<GaussianLaw>)   \
+  X(kStageShotFused, NoiseFused<ShotLaw>)           \
+  X(kStageImpulseFused, NoiseFused<ImpulseLaw>)     \
+  X(kStageSpeckleFused, NoiseFused<SpeckleLaw>)     \
+  X(kStageNormalDraw, NoiseDraw<GaussianLaw>)       \
+  X(kStageUniformDraw, NoiseDraw<ShotLaw>)          \
+  X(kStageGaussianApply, NoiseApply<GaussianLaw>)   \
+  X(kStageShotApply, NoiseApply<ShotLaw>)           \
+  X(kStageImpulseApply, NoiseApply<ImpulseLaw>)     \
+  X(kStageSpeckleApply, NoiseApply<SpeckleLaw>)     \
+  X(kStageBrightness, Brightness)                   \
+  X(kStageContrastSum, ContrastSum)                 \
+  X(kStageContrastApply, ContrastApply)             \
+  X(kStageSaturate, Saturate)
+
+namespace vqsa {
+
+enum Stage : int32_t {
+#define VQSA_NAME(name, type) name,
+  VQSA_STAGES(VQSA_NAME)
+#undef VQSA_NAME
+      kStages
+};
+
+}  // namespace vqsa
