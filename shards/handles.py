@@ -135,10 +135,10 @@ class Handles:
                 del self._users[shard]
 
     def _make_room(self) -> None:
-        if len(self._fds) >= self._max_open:
-            oldest = next((shard for shard in self._fds if shard not in self._users), None)
-            if oldest is not None:
-                os.close(self._fds.pop(oldest))
+        surplus = len(self._fds) + 1 - self._max_open
+        if surplus > 0:
+            for shard in [shard for shard in self._fds if shard not in self._users][:surplus]:
+                os.close(self._fds.pop(shard))
 
     def _open(self, shard: int) -> int:
         info = self._shards[shard]
