@@ -35,8 +35,9 @@ def nearest_code(
     """Return the nearest code to each feature, exactly.
 
     With D_i = Σ(z − e_i)² summed in float64 from the values as stored, the code returned is the one with the
-    least D_i (the sum's own rounding is about 1e-15 of it); of bit-identical codes it is the one with the
-    lowest index. The same call gives the same bits on every device and for every block size.
+    least D_i, and of several with the same D_i (bit-identical codes always have) the one with the lowest
+    index. The sum is folded by halves, an order that depends on D alone, so that the same features and codes
+    give the same bits on every device and with every block size.
 
     Args:
         z_ND: features, float16, bfloat16 or float32; N may be 0.
@@ -119,9 +120,9 @@ class _BlockSizes(NamedTuple):
 
 
 # Bytes that a block costs, per element, at its widest moment.
-_BYTES_VECTOR = 40  # R×D and C×D: float64 copies, temporaries, and the float32 one
+_BYTES_VECTOR = 20  # R×D and C×D: float64 copies, temporaries, and the float32 one
 _BYTES_SCORE = 26  # R×C: two float32 matrices, the mask, and a full list of int64 pairs
-_BYTES_PAIR = 48  # P×D: two gathered float64 vectors, with the copies made on the way
+_BYTES_PAIR = 32  # P×D: two gathered float64 vectors, with the copies made on the way
 
 
 def block_sizes(features: int, codes: int, dim: int, memory_mib: int) -> _BlockSizes:
@@ -147,14 +148,11 @@ def block_sizes(features: int, codes: int, dim: int, memory_mib: int) -> _BlockS
     return _BlockSizes(rows, max(1, columns), pairs)
 
 
-def squared_distance(a_PD: Tensor, b_PD: Tensor) -> Tensor:
-    """Σ(a − b)² of each row in float64, added up in a fixed order.
+def _fold(terms_PD: Tensor) -> Tensor:
+    """Sum of each row, in an order that depends on D alone: halves are folded onto each other, in place.
 
-    The order depends on D alone (halves are folded onto each other), so equal rows give equal bits wherever
-    they stand and on every device; a library's own sum promises neither. Overwrites neither input.
+    Equal rows give equal bits wherever they stand and on every device; a library's own sum promises neither.
     """
-    terms_PD = a_PD - b_PD
-    terms_PD.mul_(terms_PD)
     width = terms_PD.shape[1]
     while width > 1:
         half = (width + 1) // 2
@@ -164,11 +162,11 @@ def squared_distance(a_PD: Tensor, b_PD: Tensor) -> Tensor:
 
 
 def _vectors(stored_RD: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """The vectors that are compared, in float64, and which of them are zero (None of l2's matter)."""
+    """The vectors that are compared, in float64, and which of them are zero (only cosine asks)."""
     exact_RD = stored_RD.double()
     if not cosine:
-        return exact_RD, exact_RD.new_zeros(exact_RD.shape[0], dtype=torch.bool)
-    norm_R = torch.linalg.vector_norm(exact_RD, dim=1)
+        return exact_RD, torch.zeros_like(exact_RD[:, 0], dtype=torch.bool)
+    norm_R = _fold(exact_RD.square()).sqrt()
     zero_R = norm_R == 0
     return exact_RD.div_(norm_R.masked_fill(zero_R, 1.0)[:, None]), zero_R
 
@@ -243,31 +241,48 @@ def _search(z_ND: Tensor, codes_KD: Tensor, cosine: bool, memory_mib: int) -> tu
 def _candidates(
     features_RD: Tensor, length_R: Tensor, weight_R: Tensor, limit_R: Tensor, zero_R: Tensor, codes: _Codes
 ) -> Tensor:
-    """Pairs (feature, code of the block) that may be the nearest; lowers limit_R, the score that must be met.
-
-    In the scaled units a code's score is weight · ½‖e‖² − z·e: the squared distance but for a factor and a
-    term of the feature's own. Its float32 value is off by at most
-        c · (‖z‖‖e‖ + weight · ½‖e‖²) + tiny
-    where c counts one rounding (2^-24) for each of the D terms in whatever order they are added, and a few
-    for rounding both inputs, the norms and the last steps; tiny covers underflow, gradual or to zero.
-    """
-    dim = features_RD.shape[1]
-    relative = 1.01 * (dim + 16) * _UNIT
-    relative_square = 1.01 * 24 * _UNIT
-    tiny = (dim + 16) * 2.0**-124
-    least_RC = features_RD @ codes.shifted_CD.T
-    # In place: least_RC becomes the smallest value that the true score can have (but for tiny).
-    least_RC.addr_(weight_R, codes.half_square_C * (1 - relative_square), beta=-1)
-    least_RC.addr_(length_R, codes.norm_C, alpha=-relative)
+    """Pairs (feature, code of the block) that may be the nearest; lowers limit_R, the score that must be
+    met."""
+    least_RC = _least_scores(features_RD, length_R, weight_R, codes)
     low_R, winner_R = least_RC.min(dim=1)
-    margin_R = 2 * (
-        relative * length_R * codes.norm_C[winner_R]
-        + relative_square * weight_R * codes.half_square_C[winner_R]
-        + tiny
-    )
-    torch.minimum(limit_R, low_R + margin_R, out=limit_R)
+    dim = features_RD.shape[1]
+    norm_R = codes.norm_C[winner_R]
+    most_R = low_R + _margin(dim, length_R, weight_R, norm_R, codes.half_square_C[winner_R])
+    # A code that is farther in truth may be nearer once both distances are rounded to float64: let it compete
+    # too, so that the answer never depends on the blocks. It matters for features 1e8 times larger than the
+    # codes.
+    rounding = 1.01 * (dim.bit_length() + 3) * 2.0**-53
+    most_R += rounding * (length_R.square() / weight_R + 2 * length_R * norm_R + weight_R * norm_R.square())
+    torch.minimum(limit_R, most_R, out=limit_R)
     # A zero feature under cosine is settled without a search; NaN compares false and leaves no candidate.
     return (least_RC <= limit_R.masked_fill(zero_R, -torch.inf)[:, None]).nonzero()
+
+
+def _error_rates(dim: int) -> tuple[float, float, float]:
+    """Bound on the error of a float32 score: (a, b, tiny) of a·‖z‖‖e‖ + b·weight·½‖e‖² + tiny.
+
+    a counts one rounding (2^-24) for each of the D terms, in whatever order they are added, and some for
+    rounding both inputs, the norms and the last steps; b the roundings of ½‖e‖²; tiny covers underflow,
+    gradual or to zero.
+    """
+    return 1.01 * (dim + 16) * _UNIT, 1.01 * 24 * _UNIT, (dim + 16) * 2.0**-124
+
+
+def _least_scores(features_RD: Tensor, length_R: Tensor, weight_R: Tensor, codes: _Codes) -> Tensor:
+    """The least value that each pair's score, weight·½‖e‖² − z·e, can truly have (to within tiny).
+
+    In these scaled units the score is the squared distance but for a factor and a term of the feature's own.
+    """
+    product_rate, square_rate, _ = _error_rates(features_RD.shape[1])
+    least_RC = features_RD @ codes.shifted_CD.T
+    least_RC.addr_(weight_R, codes.half_square_C * (1 - square_rate), beta=-1)
+    return least_RC.addr_(length_R, codes.norm_C, alpha=-product_rate)
+
+
+def _margin(dim: int, length_R: Tensor, weight_R: Tensor, norm_R: Tensor, half_square_R: Tensor) -> Tensor:
+    """How far the true score of a pair can lie above its least value."""
+    product_rate, square_rate, tiny = _error_rates(dim)
+    return 2 * (product_rate * length_R * norm_R + square_rate * weight_R * half_square_R + tiny)
 
 
 def _resolve(
@@ -277,7 +292,8 @@ def _resolve(
     """Measure the candidates in float64 and keep, per feature, the least distance and its lowest index."""
     row_P, column_P = pair_P2.unbind(1)
     code_PD, zero_P = _vectors(stored_CD[column_P], cosine)
-    sqdist_P = squared_distance(exact_RD[row_P], code_PD)
+    difference_PD = code_PD.sub_(exact_RD[row_P])
+    sqdist_P = _fold(difference_PD.square_())
     if cosine:
         sqdist_P = sqdist_P + zero_P  # |z/‖z‖ − 0|² is 1, but 2 − 2 cos is 2
     before_R = best_R.clone()
