@@ -34,8 +34,7 @@ def segment_sum(z_ND: Tensor, index_N: Tensor, codes: int) -> tuple[Tensor, Tens
     order_N, bound_K1 = _segments(index_N, codes)
     touched_T = (bound_K1.diff() > 0).nonzero()[:, 0]
     bound_T1 = torch.cat([bound_K1[touched_T], bound_K1[-1:]])
-    kept_N = order_N[int(bound_K1[0]) : int(bound_K1[-1])]
-    return touched_T, _sums(z_ND[kept_N], bound_T1 - bound_K1[0])
+    return touched_T, _sums(z_ND[order_N], bound_T1)
 
 
 def segment_sum_dense(z_ND: Tensor, index_N: Tensor, codes: int) -> Tensor:
@@ -46,10 +45,8 @@ def segment_sum_dense(z_ND: Tensor, index_N: Tensor, codes: int) -> Tensor:
         sum_KD: dtype of z_ND.
     """
     _check(z_ND, index_N, codes)
-    # Left-out features go to a segment before the first code, and its sum is dropped.
     order_N, bound_K1 = _segments(index_N, codes)
-    bound_K2 = torch.cat([bound_K1.new_zeros(1), bound_K1])
-    return _sums(z_ND[order_N], bound_K2)[1:]
+    return _sums(z_ND[order_N], bound_K1)
 
 
 def _check(z_ND: Tensor, index_N: Tensor, codes: int) -> None:
@@ -61,7 +58,10 @@ def _check(z_ND: Tensor, index_N: Tensor, codes: int) -> None:
 
 
 def _segments(index_N: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Features in the order of their codes, and where each code's begin (and the last one's end)."""
+    """Features in the order of their codes, and where each code's begin (and the last one's end).
+
+    Features that are left out come before the first code's.
+    """
     sorted_N, order_N = torch.sort(index_N, stable=True)
     return order_N, torch.searchsorted(sorted_N, torch.arange(codes + 1, device=index_N.device))
 
