@@ -6,8 +6,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from shards.build import BuildOptions, build
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +25,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device here: run `make gpu-check` on a machine with one"))
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device here: run `make gpu-check` on a machine with one")
+            )
 
 
 def data_root() -> Path | None:
@@ -51,3 +57,28 @@ def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def imagenette_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Imagenette at 112 px, `train/<wnid>/` and `val/<wnid>/`; skips where absent."""
     return _extracted("imagenette-112/imagenette-112.tar.gz", tmp_path_factory) / "imagenette-112"
+
+
+def write_pictures(folder: Path, count: int, *, classes: int = 3, side: int = 64, seed: int = 0) -> None:
+    """Write JPEGs whose class can be learnt (hue by class, random gradient) as `folder/<class>/<i>.jpg`."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        label = i % classes
+        height, width = rng.integers(side, 2 * side, 2)
+        ramp = np.add.outer(
+            np.linspace(0, rng.uniform(40, 90), height), np.linspace(0, rng.uniform(40, 90), width)
+        )
+        pixels = ramp[:, :, None] + rng.normal(0, 6, (height, width, 3)) + 40
+        pixels[:, :, label % 3] += 60
+        path = folder / f"class{label}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+@pytest.fixture(scope="session")
+def picture_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of 90 generated pictures in 3 classes."""
+    source, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards") / "set"
+    write_pictures(source, 90)
+    build(BuildOptions(source=source, out=out, name="pictures", samples_per_shard=40, workers=1))
+    return out

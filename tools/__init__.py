@@ -1,0 +1,1 @@
+"""The commands of the product, each a thin main, and what they share (`runtime/`)."""

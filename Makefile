@@ -1,0 +1,48 @@
+# make demo    sets everything up and runs the main job on embedded data (DATA=folder for your own)
+# make test    sets everything up and runs all checks and tests
+# make check   lint, types and the fast tests only
+# make gpu-check  on a machine with a GPU: the gpu tests and every benchmark, results to benchmarks/results/
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# What the native build needs, since it runs without build isolation (see docs/install.md).
+BUILD_NEEDS := scikit-build-core cmake ninja nvidia-dali-cuda130 nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
+
+.PHONY: setup demo test check lint gpu-check clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find shards/csrc pipeline/corruptions/csrc -type f 2>/dev/null)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	  { echo "vqsa needs Python 3.11 to 3.13, found $$($(PYTHON) --version); say make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt $(BUILD_NEEDS)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	# Frost textures and test oracle; its own dependency list would bring a second OpenCV that needs a display.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps imagecorruptions
+	touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py $(if $(DATA),--data $(DATA)) $(DEMO_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+
+clean:
+	rm -rf build $(VENV)/ready shards/*.so pipeline/corruptions/*.so

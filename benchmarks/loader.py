@@ -1,0 +1,161 @@
+"""Images per second of the loader: with and without corruptions, beside what the authors' code does.
+
+    python benchmarks/loader.py --source FOLDER_OF_CLASS_FOLDERS [--out result.json]
+
+The peer is a PyTorch DataLoader with torchvision's RandomResizedCrop and PyPI `imagecorruptions`, on as many
+workers as the loader has threads, over the same photographs in the same run. On the CPU rates are also given
+per second of process CPU time, which a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+import shards
+from benchmarks.environment import environment, percentiles
+from pipeline.config import PipelineConfig
+from pipeline.corruptions import TRAINING_KINDS, available_kinds
+from pipeline.loader import TrainingLoader
+from shards.build import BuildOptions, build
+
+
+class LoaderBenchmark(BaseModel):
+    """Measure the loader."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: Path
+    """Folder of class folders with JPEGs."""
+
+    out: Path | None = None
+    """JSON file for the result."""
+
+    batch: int = Field(64, ge=1)
+    """Images per batch."""
+
+    batches: int = Field(10, ge=2)
+    """Batches per measurement."""
+
+    repeats: int = Field(3, ge=1)
+    """Measurements of each row."""
+
+    threads: int = Field(2, ge=1)
+    """DALI threads, and workers of the peer."""
+
+    peer_batches: int = Field(2, ge=0)
+    """Batches of the peer, which takes about 50 ms per image; 0 leaves it out."""
+
+
+def _cpu_s() -> float:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usage)
+
+
+def _measure(step: Callable[[], int], batches: int, repeats: int) -> dict[str, Any]:
+    walls, cpus = [], []
+    for _ in range(repeats):
+        began_s, cpu_s, images = time.perf_counter(), _cpu_s(), 0
+        for _ in range(batches):
+            images += step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        walls.append(images / (time.perf_counter() - began_s))
+        cpus.append(images / (_cpu_s() - cpu_s))
+    return {"img_per_s": percentiles(walls), "img_per_cpu_s": percentiles(cpus)}
+
+
+def _loader_row(
+    store: shards.Store, command: LoaderBenchmark, kinds: tuple[str, ...], device_id: int | None
+) -> dict[str, Any]:
+    config = PipelineConfig(
+        batch_global=command.batch, kinds=kinds, clean_fraction=None, threads=command.threads
+    )
+    loader = TrainingLoader(store, config, seed=0, device_id=device_id)
+    try:
+        for _ in range(4):
+            next(loader)
+        return _measure(lambda: len(next(loader).labels), command.batches, command.repeats)
+    finally:
+        loader.close()
+
+
+class _AuthorsDataset(torch.utils.data.Dataset[Any]):
+    """Decode, crop, flip, one of 16 x 5 corruptions, normalise: per image, in numpy and PIL."""
+
+    def __init__(self, source: Path) -> None:
+        from torchvision import transforms
+
+        self.files = sorted(p for p in source.glob("*/*") if p.is_file())
+        self.crop = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()])
+        self.finish = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        import numpy as np
+        from PIL import Image
+        from tests.reference import imagecorruptions
+
+        rng = np.random.default_rng()
+        image = np.asarray(self.crop(Image.open(self.files[index]).convert("RGB")))
+        kind = int(rng.integers(len(TRAINING_KINDS) + 1))
+        if kind < len(TRAINING_KINDS):
+            corrupt = imagecorruptions().corrupt
+            image = corrupt(image, severity=int(rng.integers(1, 6)), corruption_name=TRAINING_KINDS[kind])
+        return self.finish(Image.fromarray(image))
+
+
+def _peer_row(command: LoaderBenchmark) -> dict[str, Any]:
+    loader = torch.utils.data.DataLoader(
+        _AuthorsDataset(command.source), batch_size=command.batch, shuffle=True, num_workers=command.threads
+    )
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    # Workers count as children only once they end, so one measurement is one whole pass of a few batches.
+    stream = batches()
+    return _measure(lambda: len(next(stream)), command.peer_batches, 1)
+
+
+def main() -> None:
+    """Run the benchmark and print a table."""
+    command = tyro.cli(LoaderBenchmark, description=LoaderBenchmark.__doc__)
+    device_id = 0 if torch.cuda.is_available() else None
+    kinds = tuple(k for k in TRAINING_KINDS if k in available_kinds())
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        build(BuildOptions(source=command.source, out=Path(folder), name="bench"))
+        store = shards.open(folder)
+        rows["loader, clean"] = _loader_row(store, command, (), device_id)
+        rows[f"loader, {len(kinds)} kinds + clean"] = _loader_row(store, command, kinds, device_id)
+        if command.peer_batches:
+            rows["DataLoader + torchvision + imagecorruptions"] = _peer_row(command)
+    for name, row in rows.items():
+        rate, per_cpu = row["img_per_s"], row["img_per_cpu_s"]
+        print(
+            f"{name:44s} {rate['p50']:9.0f} img/s ({rate['p20']:.0f} to {rate['p80']:.0f})  "
+            f"{per_cpu['p50']:9.0f} per CPU-s"
+        )
+    if command.out:
+        command.out.write_text(
+            json.dumps({**environment(), "batch": command.batch, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

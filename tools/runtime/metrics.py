@@ -1,0 +1,68 @@
+"""What a run reports: one line per interval, the same numbers in metrics.jsonl and the trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsFile:
+    """Appends records to metrics.jsonl; resuming first drops what came after the checkpoint's step.
+
+    Args:
+        path: the file.
+        step: step the run continues from; records of later steps are removed.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record and flush it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def progress_line(record: Mapping[str, Any], total: int) -> str:
+    """Return a training record as the line people watch."""
+    parts = [f"step {record['step']}/{total}", f"loss {record['loss']:.3f}"]
+    if "vq" in record:
+        parts.append(f"(ce {record['ce']:.3f} vq {record['vq']:.4f} commit {record['commit']:.4f})")
+    parts += [f"top1 {record['top1_pct']:.1f}%", f"{record['rate_img_s']:.0f} img/s"]
+    parts.append(f"data wait {record['data_wait_pct']:.1f}%")
+    if "codes_used_pct" in record:
+        parts.append(f"codes used {record['codes_used_pct']:.0f}% (perplexity {record['perplexity']:.0f})")
+    parts += [f"lr {record['lr']:.2e}", f"{record['memory_gib']:.1f} GiB", f"ETA {_clock(record['eta_s'])}"]
+    if record.get("damaged"):
+        parts.append(f"damaged samples {record['damaged']}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
