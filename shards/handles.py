@@ -113,7 +113,7 @@ class Handles:
             try:
                 for shard in shards:
                     if shard not in self._fds:
-                        self._make_room()
+                        self._close_surplus(self._max_open - 1)
                         self._fds[shard] = self._open(shard)
                     self._fds.move_to_end(shard)
                     self._users[shard] = self._users.get(shard, 0) + 1
@@ -124,7 +124,7 @@ class Handles:
         return fds
 
     def release(self, shards: Iterable[int]) -> None:
-        """Give back what `acquire` returned."""
+        """Give back what `acquire` returned; unused descriptors beyond the bound are closed."""
         with self._lock:
             self._release(shards)
 
@@ -133,10 +133,11 @@ class Handles:
             self._users[shard] -= 1
             if not self._users[shard]:
                 del self._users[shard]
+        self._close_surplus(self._max_open)
 
-    def _make_room(self) -> None:
-        surplus = len(self._fds) + 1 - self._max_open
-        if surplus > 0:
+    def _close_surplus(self, keep: int) -> None:
+        surplus = len(self._fds) - keep
+        if surplus > 0:  # the least recently used come first
             for shard in [shard for shard in self._fds if shard not in self._users][:surplus]:
                 os.close(self._fds.pop(shard))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import tarfile
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -29,6 +31,10 @@ class HashingFile:
         self.size += len(data)
         return self._file.write(data)
 
+    def abandon(self) -> None:
+        """Swallow what is still written: a tar stream writes its end even while it is thrown away."""
+        self._file = io.BytesIO()
+
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
 
@@ -51,16 +57,21 @@ class TarShardWriter:
         self._tar = TarWriter(
             self._out, encoder=False, mtime=0, user="vqsa", group="vqsa", mode=0o444, compress=False
         )
+        # TarWriter's own `format` does not reach the tar: extended headers, which DALI's indexer cannot
+        # read, would appear before every member whose name is not ASCII.
+        self._tar.tarstream.format = tarfile.USTAR_FORMAT
         self._index: list[str] = []
 
     def add(self, key: str, extension: str, data: bytes, label: int) -> int:
         """Append one sample; returns the offset of the image's bytes in the tar."""
         text = str(label).encode()
+        begin: int = self._tar.tarstream.offset
         # Members of a sample are written in the order of their extensions: cls comes first.
         self._tar.write({"__key__": key, "cls": text, extension: data})
-        end: int = self._tar.tarstream.offset
-        offset = end - -(-len(data) // _BLOCK) * _BLOCK
-        label_offset = offset - 2 * _BLOCK
+        label_offset = begin + _BLOCK
+        offset = label_offset + 2 * _BLOCK
+        end = offset + -(-len(data) // _BLOCK) * _BLOCK
+        assert self._tar.tarstream.offset == end, "a member got more than one header"
         self._index.append(
             f"cls {label_offset} {len(text)} {key}.cls {extension} {offset} {len(data)} {key}.{extension}\n"
         )
@@ -90,6 +101,7 @@ class TarShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
+            self._out.abandon()
             self._temporary.unlink(missing_ok=True)
             # Closing flushes, which fails again on a full disk; the first error already tells.
             with contextlib.suppress(OSError):

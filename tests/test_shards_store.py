@@ -185,15 +185,12 @@ def test_few_descriptors_serve_many_shards_and_threads(folder: Path) -> None:
     store = shards.open(folder, max_open_files=2)
     wanted = [store.read(i).tobytes() for i in range(len(store))]
     assert len(store.header.shards) == 10
-    most = 0
 
     def work(seed: int) -> None:
-        nonlocal most
         rng = np.random.default_rng(seed)
         for _ in range(60):
             ids = rng.integers(0, len(store), 6)
             records = store.fetch(ids)
-            most = max(most, len(store._handles._fds))
             assert not records.fault.any()
             assert [d.tobytes() for d in records.data] == [wanted[i] for i in ids]
             assert store.read(int(ids[0])).tobytes() == wanted[ids[0]]
@@ -201,7 +198,6 @@ def test_few_descriptors_serve_many_shards_and_threads(folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(work, seed) for seed in range(4)]:
             done.result()
-    assert most > 2
     for i in range(len(store)):
         store.fetch([i])
     assert len(store._handles._fds) <= 2
