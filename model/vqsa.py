@@ -34,7 +34,7 @@ class Losses(NamedTuple):
     """L_cmt, unweighted; zero without a codebook."""
 
     logits: Tensor
-    """(B, C), detached from nothing: gradients may flow."""
+    """(B, C), with gradients."""
 
     code_index: Tensor | None
     """int64 codes, (B, h, w) for quantise "map", (B,) for "pooled", None without a codebook."""
@@ -134,20 +134,17 @@ class VQSA(nn.Module):
         map_BDhw: Tensor = self.trunk(images)
         z_BD = _pool(map_BDhw)
         zero = torch.zeros((), device=z_BD.device)
-        code_BD = index = sqdist = attention_B22 = None
+        code_BD = code_index = sqdist = attention_B22 = None
         vq = commit = zero
         fused = z_BD
         if self.codebook is not None:
+            result = self.codebook(self._features(map_BDhw))
+            code_BD, code_index, sqdist = result.quantised_ND, result.index_N, result.sqdist_N
             if self.config.quantise == "map":
                 batch, dim, height, width = map_BDhw.shape
-                # (B, h, w, D) is how channels_last lies in memory: no copy there.
-                result = self.codebook(map_BDhw.permute(0, 2, 3, 1).reshape(-1, dim))
-                code_BD = result.quantised_ND.view(batch, height * width, dim).mean(1)
-                index = result.index_N.view(batch, height, width)
-                sqdist = result.sqdist_N.view(batch, height, width)
-            else:
-                result = self.codebook(z_BD)
-                code_BD, index, sqdist = result.quantised_ND, result.index_N, result.sqdist_N
+                code_BD = code_BD.view(batch, height * width, dim).mean(1)
+                code_index = code_index.view(batch, height, width)
+                sqdist = sqdist.view(batch, height, width)
             vq, commit = result.vq_loss, result.commit_loss
             if self.config.fusion == "replace":
                 fused = code_BD
@@ -160,27 +157,39 @@ class VQSA(nn.Module):
                 fused = tokens_B2D.flatten(1)
         logits: Tensor = self.head(fused)
         if return_features:
-            return Features(logits, map_BDhw, z_BD, code_BD, index, sqdist, fused, attention_B22)
+            return Features(logits, map_BDhw, z_BD, code_BD, code_index, sqdist, fused, attention_B22)
         if labels is None:
             return logits
         ce = cross_entropy(logits, labels)
         loss = total_loss(ce, vq, commit, self.config.beta, self.config.lambda_ce)
-        return Losses(loss, ce, vq, commit, logits, index)
+        return Losses(loss, ce, vq, commit, logits, code_index)
 
     @torch.no_grad()
-    def initialise_codebook(self, images: Tensor) -> None:
+    def initialise_codebook(self, *images: Tensor) -> None:
         """Draw the codes from these images if they wait for data, else do nothing.
 
-        The first training pass does it too; calling this first keeps it out of a compiled graph and, in an
-        evaluation-mode trunk, out of the running statistics. On several ranks all must call it.
+        The first training pass does it by itself, from its own micro-batch. Calling this first takes the whole
+        global batch under gradient accumulation, and keeps the draw out of a compiled graph. Running statistics
+        are left as they were. On several ranks all must call it.
+
+        Args:
+            images: this rank's micro-batches of one global batch, (B, 3, H, W) each.
         """
         if self.codebook is None or self.codebook.is_initialised:
             return
-        map_BDhw: Tensor = self.trunk(images)
-        z_ND = (
-            map_BDhw.permute(0, 2, 3, 1).flatten(0, 2) if self.config.quantise == "map" else _pool(map_BDhw)
-        )
-        self.codebook.initialise_from(z_ND)
+        statistics = [(buffer, buffer.clone()) for buffer in self.trunk.buffers()]
+        maps = [self.trunk(image_BCHW) for image_BCHW in images]
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        z_ND = torch.cat([self._features(map_BDhw) for map_BDhw in maps])
+        self.codebook.initialise_from(z_ND, parts=len(images))
+
+    def _features(self, map_BDhw: Tensor) -> Tensor:
+        """What is quantised: every position of the map, or its mean."""
+        if self.config.quantise == "pooled":
+            return _pool(map_BDhw)
+        # (B, h, w, D) is how channels_last lies in memory: no copy there.
+        return map_BDhw.permute(0, 2, 3, 1).reshape(-1, map_BDhw.shape[1])
 
 
 def _pool(map_BDhw: Tensor) -> Tensor:

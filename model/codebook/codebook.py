@@ -24,11 +24,10 @@ _JITTER = 0.01  # of each dimension's standard deviation
 class Codebook(nn.Module):
     """K codes of dimension D.
 
-    With init "data" the codes are features of the first training batch. The draw is a function of init_seed
-    and of the number of features in the global batch alone, so it is the same on any number of ranks whose
-    batches, in rank order, make up the global batch. A batch with fewer features than codes is used several
-    times, each repetition with a little Gaussian noise (1 % of each dimension's standard deviation), and a
-    warning says so.
+    With init "data" the codes are features of the first training batch. The draw depends on init_seed and on the
+    number of features in the global batch alone, so it is the same on any number of ranks. A batch with fewer
+    features than codes is used several times, each repetition with a little Gaussian noise (1 % of each
+    dimension's standard deviation), and a warning says so.
 
     State: `codes` (K, D) float32 and the flag `initialised`, both saved, so that a resumed codebook is not
         drawn
@@ -100,21 +99,27 @@ class Codebook(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     @torch.no_grad()
-    def initialise_from(self, z_ND: Tensor) -> None:
-        """Draw the codes from this rank's features and, where torch.distributed runs, those of the other
-        ranks.
+    def initialise_from(self, z_ND: Tensor, parts: int = 1) -> None:
+        """Draw the codes from this rank's features and, where torch.distributed runs, those of the other ranks.
 
-        Every rank must call it with the same number of features. Non-finite features are refused, as a
-        codebook that holds one can choose nothing.
+        Every rank must call it with the same number of features.
+
+        Args:
+            z_ND: this rank's features, any floating type.
+            parts: how many equal micro-batches they are, in order. The global batch is taken to be the first
+                micro-batch of each rank, then the second of each, and so on.
 
         Raises:
-            ValueError: no features, or features that are not finite.
+            ValueError: no features, features that are not finite (a code that is not could never be compared),
+                or a number that does not divide into the parts.
         """
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         z_ND = z_ND.detach().float()
         local = z_ND.shape[0]
         available = local * ranks
         total, dim = self.codes.shape
+        if local % parts:
+            raise ValueError(f"{local} features do not divide into {parts} equal parts")
         if available == 0:
             raise ValueError("the codebook cannot start from a batch without features; give an image")
         exact_ND = z_ND.double()
@@ -131,8 +136,9 @@ class Codebook(nn.Module):
         generator = torch.Generator().manual_seed(self.init_seed)
         order_N = torch.randperm(available, generator=generator)
         source_K = order_N.repeat(-(-total // available))[:total].to(z_ND.device)
-        mine_K = (source_K // local == rank)[:, None]
-        codes_KD = z_ND[source_K % local] * mine_K
+        size = local // parts
+        part_K, owner_K = source_K // size // ranks, source_K // size % ranks
+        codes_KD = z_ND[part_K * size + source_K % size] * (owner_K == rank)[:, None]
         if ranks > 1:
             dist.all_reduce(codes_KD)  # one rank's value and zeros: exact
         if total > available:
