@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -57,6 +58,8 @@ from shards.target_tar import TarShardWriter
 
 _SAMPLES_PER_SHARD = 1000
 _WORK = ".build"
+_WORKERS_LOCK = "workers"
+_ORPHAN_TIMEOUT_S = 30.0
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -272,18 +275,41 @@ def _finished_part(task: _Task) -> _Part | None:
     return _Part(shard, facts["counts"], [(path, why) for path, why in facts["rejected"]], table)
 
 
-def _start_worker() -> None:
+def _start_worker(lock: Path) -> None:
     # Ctrl-C is the builder's: it lets running shards finish and starts no more.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker whose builder was killed must not go on writing beside the next one.
+    # A worker whose builder was killed must not write beside the next one: it ends with its builder, and
+    # until it has ended the lock (never closed here) keeps the next builder waiting.
+    fcntl.flock(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), fcntl.LOCK_SH)
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is None or not parent.is_alive():
+        os._exit(1)
 
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
+    def end_with_builder() -> None:
+        parent.join()
+        os._exit(1)
 
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_builder, daemon=True).start()
+
+
+def _wait_for_orphans(lock: Path) -> None:
+    """Wait until the workers of a builder that was killed are gone; they end by themselves."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        until_s = time.monotonic() + _ORPHAN_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until_s:
+                    raise ValueError(
+                        f"{lock.parent.parent}: worker processes of an earlier builder are still writing here "
+                        f"after {_ORPHAN_TIMEOUT_S:.0f} s; end them and run the same command again"
+                    ) from None
+                time.sleep(0.01)
+    finally:
+        os.close(fd)
 
 
 def _plan(options: BuildOptions, images: list[SourceImage], classes: list[str]) -> list[_Task]:
@@ -393,6 +419,7 @@ def _locked(out: Path) -> Iterator[None]:
 def _begin(options: BuildOptions) -> None:
     """Claim the folder for these options, or refuse; remove what an interrupted run left half written."""
     work = options.out / _WORK
+    _wait_for_orphans(work / _WORKERS_LOCK)
     plan = work / "options.json"
     wanted = {"name": options.name, **options.deciding()}
     if plan.is_file():
@@ -410,7 +437,8 @@ def _begin(options: BuildOptions) -> None:
                 "give another --out or --name, or delete it"
             )
         write_file(plan, json.dumps(wanted).encode())
-    for leftover in [*work.glob("*.tmp"), *work.glob(".*.tmp"), *options.out.glob(".*.tmp")]:
+    ours = (f".{options.name}-*.idx.*.tmp", ".manifest.*.tmp", ".rejected.csv.*.tmp")
+    for leftover in [*work.glob("*.tmp"), *(path for name in ours for path in options.out.glob(name))]:
         leftover.unlink()
 
 
@@ -447,7 +475,8 @@ def _write_missing(tasks: list[_Task], workers: int, bar: Any) -> tuple[list[_Pa
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shards.build"])
     failures: dict[int, BaseException] = {}
-    pool: Executor = ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker)
+    lock = tasks[0].part.with_name(_WORKERS_LOCK)
+    pool: Executor = ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (lock,))
     try:
         futures: dict[Future[_Part], int] = {pool.submit(_write_shard, tasks[n]): n for n in missing}
         for future in as_completed(futures):

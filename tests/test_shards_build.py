@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -499,6 +500,41 @@ def test_shards_of_a_longer_plan_are_removed(source: Path, tmp_path: Path) -> No
     run(source, out)
     assert [p.name for p in sorted(out.glob("*.tar"))] == [f"set-{k:06d}.tar" for k in range(4)]
     assert len(list(out.glob("*.idx"))) == 4
+
+
+def test_what_a_killed_build_leaves_behind_is_removed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bad = source / "c2" / "zzz.jpg"
+    bad.write_bytes(b"bad")
+    with pytest.raises(ValueError, match="neither JPEG nor PNG"):
+        run(source, out)
+    bad.unlink()
+    for name in ("set-000003.tar.77.tmp", ".set-000002.tar.part.77.tmp", "../.set-000003.idx.77.tmp"):
+        (out / ".build" / name).write_bytes(b"half")
+    (out / ".build" / "set-000001.tar.part").write_bytes(b"{}\nnot a table")
+    assert run(source, out).reused_shards == 2
+    run(source, tmp_path / "straight")
+    assert digests(out) == digests(tmp_path / "straight")
+
+    # Killed after the manifest was written, before the last tidying.
+    (out / ".build").mkdir()
+    (out / ".build" / "set-000000.tar.part").write_bytes(b"")
+    assert not run(source, out).built
+    assert digests(out) == digests(tmp_path / "straight")
+
+
+def test_workers_of_a_killed_builder_are_waited_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "out" / ".build"
+    work.mkdir(parents=True)
+    fd = os.open(work / "workers", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    monkeypatch.setattr(shards.build, "_ORPHAN_TIMEOUT_S", 0.05)
+    with pytest.raises(ValueError, match="worker processes of an earlier builder are still writing"):
+        run(source, tmp_path / "out")
+    os.close(fd)
+    assert run(source, tmp_path / "out").built
 
 
 def test_a_killed_parallel_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

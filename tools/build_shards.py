@@ -1,6 +1,6 @@
 """Build a shard set from a folder of images.
 
-    python tools/build_shards.py --source ILSVRC/train --out /data/imagenet-train --name imagenet-train
+python tools/build_shards.py --source ILSVRC/train --out /data/imagenet-train --name imagenet-train
 """
 
 from __future__ import annotations
