@@ -81,7 +81,7 @@ class BuildOptions:
     on_error: Literal["stop", "skip"] = "stop"
     """At a damaged image: stop and name it, or leave it out and list it in rejected.csv."""
     validate: Literal["scan", "decode"] = "scan"
-    """Check of each image: its structure, or a full decode as well (about fifteen times slower)."""
+    """Check of each image: its structure, or a full decode as well (many times slower)."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     """Shuffle all images before they are put into shards; sorted by class and name without it."""
     dry_run: bool = False
