@@ -230,6 +230,28 @@ def test_reduced_precision_elsewhere_changes_nothing(precision: str) -> None:
     _assert_exact(z_ND, codes_KD)
 
 
+def test_products_are_full_float32_inside_and_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every CPU and GPU has a faster product to fall for, so look at the switches themselves."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined, unused-ignore]
+    inside = []
+    search_itself = search._search
+
+    def spy(*args: Any) -> tuple[Tensor, Tensor]:
+        inside.extend(backend.fp32_precision for backend in backends)
+        return search_itself(*args)
+
+    monkeypatch.setattr(search, "_search", spy)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = [backend.fp32_precision for backend in backends]
+        nearest_code(*_data(CASES[0], 3, 4, 5))
+        assert [backend.fp32_precision for backend in backends] == before
+        assert "ieee" not in before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert inside == ["ieee", "ieee"]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_non_finite_features_are_flagged(bad: float, metric: str) -> None:
