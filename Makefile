@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 DATA ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# DALI's threads share the CPU cores with torch's, whose OpenMP threads must not spin while they wait.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # What the native build needs, since it runs without build isolation (see docs/install.md).
 BUILD_NEEDS := scikit-build-core cmake ninja nvidia-dali-cuda130 nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
