@@ -212,7 +212,7 @@ def test_channels_last_is_kept_and_costs_no_copy() -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 def test_compiles_without_a_break(variant: dict[str, Any]) -> None:
     model = _model(**variant)
-    images, labels = _batch(32, images=4)
+    images, labels = _batch(32)
     model.initialise_codebook(images)
     out = model(images, labels)
     out.loss.backward()
