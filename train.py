@@ -9,6 +9,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 import model
 import shards
 from model.codebook import codes_used, perplexity
-from pipeline.loader import EvaluationLoader, TrainingBatch, TrainingLoader
+from pipeline.loader import EvaluationLoader, TrainingLoader
 from tools.runtime import checkpoint, scoring
 from tools.runtime.config import RunConfig, differences, flatten, parse_command, validated
 from tools.runtime.interrupt import StopRequest
@@ -118,6 +119,18 @@ def validate(
     return {"val_top1_pct": 100 * clean.top1, "val_top5_pct": 100 * clean.top5}
 
 
+def micro_batches(loader: TrainingLoader, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the (images, labels) that make up this process's part of one global batch."""
+    for _ in range(loader.micros):
+        began_s = time.perf_counter()
+        batch = next(loader)
+        meter.wait(time.perf_counter() - began_s)
+        if batch.clean_images is None:
+            yield batch.images, batch.labels
+        else:
+            yield torch.cat([batch.clean_images, batch.images]), torch.cat([batch.labels, batch.labels])
+
+
 def train_step(
     accelerator: Accelerator,
     net: nn.Module,
@@ -127,19 +140,20 @@ def train_step(
 ) -> None:
     """Make one optimiser step from one global batch, in as many parts as the loader gives it."""
     net.train()
-    for micro in range(loader.micros):
-        began_s = time.perf_counter()
-        batch: TrainingBatch = next(loader)
-        meter.wait(time.perf_counter() - began_s)
-        images = batch.images if batch.clean_images is None else torch.cat([batch.clean_images, batch.images])
-        labels = batch.labels if batch.clean_images is None else torch.cat([batch.labels, batch.labels])
-        last = micro == loader.micros - 1
-        with nullcontext() if last else accelerator.no_sync(net):
+    batches: Iterable[tuple[Tensor, Tensor]] = micro_batches(loader, meter)
+    inner = accelerator.unwrap_model(net)
+    if loader.micros > 1 and inner.codebook is not None and not inner.codebook.is_initialised:
+        # Codes that start from data start from the whole global batch, however it is divided.
+        batches = list(batches)
+        with accelerator.autocast():
+            inner.initialise_codebook(*(images for images, _ in batches))
+    for part, (images, labels) in enumerate(batches, start=1):
+        with nullcontext() if part == loader.micros else accelerator.no_sync(net):
             with accelerator.autocast():
                 output = net(images, labels)
             accelerator.backward(output.loss / loader.micros)
-        parts = {name: getattr(output, name) for name in ("loss", "ce", "vq", "commit")}
-        meter.add(parts, output.logits, labels)
+        losses = {name: getattr(output, name) for name in ("loss", "ce", "vq", "commit")}
+        meter.add(losses, output.logits, labels)
     optimizer.step()
     optimizer.zero_grad()
 
