@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -45,6 +46,27 @@ class _Source:
         self.in_flight.append(batch)
         self._alive.append(batch)
         return graph.feed(batch.data, batch.plan, training=self._training)
+
+
+class _InUse:
+    """Keeps GPU outputs alive until the work that reads them is done.
+
+    DALI takes a buffer back as soon as the last reference goes, but kernels that read it may still be queued on
+    torch's stream. A batch is let go when the work queued before the next one was asked for has finished.
+    """
+
+    def __init__(self) -> None:
+        self._latest: list[Tensor] = []
+        self._waiting: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+    def replace(self, outputs: list[Tensor]) -> None:
+        if self._latest and self._latest[0].is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._latest[0].device))
+            self._waiting.append((done, self._latest))
+        self._latest = outputs
+        while self._waiting and self._waiting[0][0].query():
+            self._waiting.popleft()
 
 
 class Stream:
@@ -81,6 +103,7 @@ class Stream:
         )
         self._pipe: Any = None
         self._source: _Source | None = None
+        self._in_use = _InUse()
         self._next = 0
 
     def seek(self, number: int) -> None:
@@ -122,7 +145,9 @@ class Stream:
                 continue
             batch = self._source.in_flight.popleft()
             self._next = batch.number + 1
-            return batch, [from_dlpack(output.as_tensor()) for output in outputs]
+            tensors = [from_dlpack(output.as_tensor()) for output in outputs]
+            self._in_use.replace(tensors)
+            return batch, tensors
 
     def _blame(self, in_flight: list[ReadBatch], error: Exception) -> None:
         """Find which records made DALI fail and note them; raise the error if none did."""
