@@ -57,11 +57,11 @@ class _InUse:
 
     def __init__(self) -> None:
         self._latest: list[Tensor] = []
-        self._waiting: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+        self._waiting: deque[tuple[Any, list[Tensor]]] = deque()  # (torch.cuda.Event, outputs)
 
     def replace(self, outputs: list[Tensor]) -> None:
         if self._latest and self._latest[0].is_cuda:
-            done = torch.cuda.Event()
+            done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self._latest[0].device))
             self._waiting.append((done, self._latest))
         self._latest = outputs
