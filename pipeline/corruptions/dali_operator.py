@@ -36,8 +36,8 @@ def check_version(installed: str, compiled: str) -> None:
     """Raise ValueError unless the two DALI versions are the same."""
     if installed != compiled:
         raise ValueError(
-            f"the corruption operator was compiled against DALI {compiled}, but DALI {installed} is installed, "
-            "and DALI's C++ interface changes between versions: rebuild with pip install -e . "
+            f"the corruption operator was compiled against DALI {compiled}, but DALI {installed} is installed, and "
+            "DALI's C++ interface changes between versions: rebuild with pip install -e . "
             f"--no-build-isolation, or pip install nvidia-dali-cuda130=={compiled}"
         )
 

@@ -57,7 +57,8 @@ def _per_sample(value: object, count: int, name: str) -> list[int]:
     if isinstance(value, Tensor):
         if value.device.type != "cpu":
             raise ValueError(
-                f"{name} must be on the CPU, got {value.device}: the host plans, and reading it back would wait"
+                f"{name} must be on the CPU, got {value.device}: "
+                "the host plans, and reading it back would wait"
             )
         if value.is_floating_point() or value.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, got {value.dtype}")

@@ -15,6 +15,23 @@ struct TileShape {
   int items;   // for one-dimensional stages
 };
 
+// A rectangle of the image.
+struct Tile {
+  int x, y, width, height;
+};
+VQSA_HD int tile_count(const Sample& s, const TileShape& shape) {
+  return ceil_div(s.width, shape.width) * ceil_div(s.height, shape.height);
+}
+VQSA_HD Tile tile_at(const Sample& s, const TileShape& shape, int tile) {
+  const int across = ceil_div(s.width, shape.width);
+  Tile t;
+  t.x = tile % across * shape.width;
+  t.y = tile / across * shape.height;
+  t.width = least(shape.width, s.width - t.x);
+  t.height = least(shape.height, s.height - t.y);
+  return t;
+}
+
 struct HostBlock {
   TileShape shape;
   unsigned char* shared;
@@ -41,6 +58,32 @@ struct HostBlock {
     uint32_t s = 0;
     for (int i = 0; i < n; ++i) s += f(i);
     *total += s;
+  }
+  // done(y, x, sum over k < taps of tap(y, x, k)), summed in the order of k. The CPU sums many x at
+  // a time, tap by tap, so that the loop over x is the vector loop.
+  template <class T, class Tap, class Done>
+  VQSA_HD void accumulate(int height, int width, int taps, Tap tap, Done done) const {
+    for (int y = 0; y < height; ++y) {
+      int x = 0;
+      for (; x + 64 <= width; x += 64) accumulate_run<64, T>(y, x, taps, tap, done);
+      for (; x + 16 <= width; x += 16) accumulate_run<16, T>(y, x, taps, tap, done);
+      for (; x < width; ++x) {
+        T total = T(0);
+        for (int k = 0; k < taps; ++k) total += tap(y, x, k);
+        done(y, x, total);
+      }
+    }
+  }
+  template <int kRun, class T, class Tap, class Done>
+  VQSA_HD static void accumulate_run(int y, int x0, int taps, Tap tap, Done done) {
+    T total[kRun];
+    for (int x = 0; x < kRun; ++x) total[x] = T(0);
+    for (int k = 0; k < taps; ++k) {
+#pragma GCC ivdep
+      for (int x = 0; x < kRun; ++x) total[x] += tap(y, x0 + x, k);
+    }
+#pragma GCC ivdep
+    for (int x = 0; x < kRun; ++x) done(y, x0 + x, total[x]);
   }
   template <class F>
   VQSA_HD void largest(int n, uint32_t* result, F f) const {
@@ -88,6 +131,17 @@ struct DeviceBlock {
     for (int i = thread(); i < n; i += threads()) s += f(i);
     s = __reduce_add_sync(0xffffffffu, s);
     if (threadIdx.x == 0) atomicAdd(total, s);
+    __syncthreads();
+  }
+  template <class T, class Tap, class Done>
+  __device__ __forceinline__ void accumulate(int height, int width, int taps, Tap tap, Done done) const {
+    for (int y = threadIdx.y; y < height; y += blockDim.y) {
+      for (int x = threadIdx.x; x < width; x += 32) {
+        T total = T(0);
+        for (int k = 0; k < taps; ++k) total += tap(y, x, k);
+        done(y, x, total);
+      }
+    }
     __syncthreads();
   }
   template <class F>

@@ -25,7 +25,7 @@ size_t shared_bytes(int stage, const Sample& s, const TileShape& shape) {
 }
 
 template <class S, class B>
-__attribute__((noinline)) void run_blocks(const B& block, const Sample& s, int iteration) {
+__attribute__((noinline, flatten)) void run_blocks(const B& block, const Sample& s, int iteration) {
   const int tiles = S::tiles(s, block.shape);
   for (int tile = 0; tile < tiles; ++tile) S::run(block, s, tile, iteration);
 }

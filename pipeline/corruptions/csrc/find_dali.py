@@ -43,7 +43,7 @@ def main() -> None:
     includes = [str(path) for path in candidates if path.is_dir()]
     if not any((Path(path) / "cuda_runtime.h").is_file() for path in includes):
         sys.exit(
-            "no cuda_runtime.h found; pip install 'nvidia-cuda-runtime>=13,<14' nvidia-cuda-crt nvidia-cuda-cccl"
+            "no cuda_runtime.h; pip install 'nvidia-cuda-runtime>=13,<14' nvidia-cuda-crt nvidia-cuda-cccl"
         )
     print(";".join([version, str(dali), *includes]))
 

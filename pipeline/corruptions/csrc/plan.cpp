@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include "stages.h"
+#include "tables.h"
 
 namespace vqsa {
 namespace {
@@ -35,7 +36,6 @@ std::vector<Step> plan_steps(int kind, Mode mode, int height, int width) {
     return steps;
   }
   const bool draw = mode != kApply, apply = mode != kDraw;
-  (void)draw;
   (void)height;
   (void)width;
   switch (kind) {
@@ -55,6 +55,35 @@ std::vector<Step> plan_steps(int kind, Mode mode, int height, int width) {
         add(steps, kStageContrastApply);
       }
       break;
+    case kGaussianBlur:
+      if (apply) add(steps, kStageGaussianBlur);
+      break;
+    case kGlassBlur:
+      if (draw) add(steps, kStageGlassDraw, 3);
+      if (apply) {
+        add(steps, kStageGlassBlurIn);
+        add(steps, kStageGlassShuffle, 3);
+        add(steps, kStageGlassBlurOut);
+      }
+      break;
+    case kDefocusBlur:
+      if (apply) add(steps, kStageDefocus);
+      break;
+    case kPixelate:
+      if (apply) {
+        add(steps, kStagePixelateMap);
+        add(steps, kStagePixelateAcross);
+        add(steps, kStagePixelateDown);
+        add(steps, kStagePixelateUp);
+      }
+      break;
+    case kJpegCompression:
+    case kJpegQuality:
+      if (apply) {
+        add(steps, kStageJpegBlocks);
+        add(steps, kStageJpegColours);
+      }
+      break;
     default:
       break;
   }
@@ -62,17 +91,34 @@ std::vector<Step> plan_steps(int kind, Mode mode, int height, int width) {
 }
 
 int64_t field_words(int kind, int severity, int set, int flavour, int height, int width) {
-  (void)severity;
-  (void)set;
   (void)flavour;
   NoiseStages noise;
-  if (noise_stages(kind, &noise)) return int64_t{3} * height * width;
-  return 0;
+  const int64_t pixels = int64_t{height} * width;
+  if (noise_stages(kind, &noise)) return 3 * pixels;
+  switch (kind) {
+    case kGlassBlur:
+      return pixels * static_cast<int64_t>(host_tables().constants[set][kind][severity - 1].v[2]);
+    default:
+      return 0;
+  }
 }
 
 int64_t noise_words(int, int, int, int, int, int) { return 0; }
 
-int64_t scratch_bytes(int, int, int, int, int, int) { return 0; }
+int64_t scratch_bytes(int kind, int, int, int, int height, int width) {
+  const int64_t pixels = int64_t{height} * width;
+  switch (kind) {
+    case kGlassBlur:
+      return 2 * 3 * pixels;
+    case kPixelate:
+      return 2 * 3 * pixels + 4 * (int64_t{height} + width + 1);
+    case kJpegCompression:
+    case kJpegQuality:
+      return int64_t{(height + 15) / 16 * 16} * ((width + 15) / 16 * 16) * 3 / 2;
+    default:
+      return 0;
+  }
+}
 
 bool fused_needs_fields(int kind) {
   NoiseStages noise;

@@ -31,12 +31,18 @@ struct GaussianTaps {
   float w[64];  // w[0] is the centre, w[k] the weight at distance k
 };
 
+// A rim tap stands for four mirrored ones; where they coincide the weight is divided.
+struct RimTap {
+  int32_t dy, dx;
+  float weight;
+};
+
 struct DiskKernel {
-  int32_t radius;        // the support is (2 * radius + 1) squared
-  float w[11 * 11];      // quadrant: w[|dy| * 11 + |dx|]
-  int32_t inner[11];     // per |dy|: |dx| <= inner has the plateau weight, or -1
-  int32_t outer[11];     // per |dy|: |dx| <= outer is not zero, or -1
-  float plateau;
+  int32_t radius;     // the support is (2 * radius + 1) squared
+  int32_t rim_taps;
+  float plateau;      // weight of |dx| <= inner[|dy|]
+  int32_t inner[11];  // -1: the row has no plateau
+  RimTap rim[121];
 };
 
 struct PoissonTable {

@@ -4,7 +4,11 @@
 //   run(block, sample, tile, iteration)
 #pragma once
 #include "stage_colour.h"
+#include "stage_defocus.h"
+#include "stage_gaussian.h"
+#include "stage_jpeg.h"
 #include "stage_noise.h"
+#include "stage_pixelate.h"
 
 #define VQSA_STAGES(X)                              \
   X(kStageCopy, Copy)                               \
@@ -22,7 +26,19 @@
   X(kStageBrightness, Brightness)                   \
   X(kStageContrastSum, ContrastSum)                 \
   X(kStageContrastApply, ContrastApply)             \
-  X(kStageSaturate, Saturate)
+  X(kStageSaturate, Saturate)                       \
+  X(kStageGaussianBlur, GaussianBlur)               \
+  X(kStageGlassDraw, GlassDraw)                     \
+  X(kStageGlassBlurIn, GlassBlurIn)                 \
+  X(kStageGlassShuffle, GlassShuffle)               \
+  X(kStageGlassBlurOut, GlassBlurOut)               \
+  X(kStageDefocus, Defocus)                         \
+  X(kStagePixelateMap, PixelateMap)                 \
+  X(kStagePixelateAcross, PixelateAcross)           \
+  X(kStagePixelateDown, PixelateDown)               \
+  X(kStagePixelateUp, PixelateUp)                   \
+  X(kStageJpegBlocks, JpegBlocks)                   \
+  X(kStageJpegColours, JpegColours)
 
 namespace vqsa {
 

@@ -2,6 +2,7 @@
 // that all machines build the same bits.
 #include "tables.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -76,18 +77,17 @@ DiskKernel disk_kernel(double radius, double alias_sigma) {
     }
   }
   kernel.plateau = static_cast<float>(1.0 / count);
-  for (int dy = 0; dy < 11; ++dy) {
-    kernel.inner[dy] = kernel.outer[dy] = -1;
-    for (int dx = 0; dx < 11; ++dx) {
+  for (int dy = 0; dy <= reach; ++dy) {
+    int inner = -1;
+    while (inner + 1 <= reach && std::fabs(quadrant[dy * 11 + inner + 1] * count - 1.0) < 1e-6) ++inner;
+    kernel.inner[dy] = inner;
+    for (int dx = inner + 1; dx <= reach; ++dx) {
       const double v = quadrant[dy * 11 + dx];
-      kernel.w[dy * 11 + dx] = static_cast<float>(v);
-      if (v > 1e-12) {
-        kernel.outer[dy] = dx;
-        kernel.radius = kernel.radius < dy ? dy : kernel.radius;
-        kernel.radius = kernel.radius < dx ? dx : kernel.radius;
-      }
-      if (kernel.inner[dy] == dx - 1 && std::fabs(v * count - 1.0) < 1e-6) kernel.inner[dy] = dx;
+      if (v <= 1e-12) continue;
+      kernel.rim[kernel.rim_taps++] = {dy, dx, static_cast<float>(v * (dy == 0 ? 0.5 : 1.0) * (dx == 0 ? 0.5 : 1.0))};
+      kernel.radius = std::max(kernel.radius, std::max(dy, dx));
     }
+    if (inner >= 0) kernel.radius = std::max(kernel.radius, std::max(dy, inner));
   }
   return kernel;
 }

@@ -1,0 +1,155 @@
+// pixelate: Pillow's BOX filter down, nearest neighbour up. BOX averages whole source pixels whose
+// centres fall in the window; horizontally first, rounded to 8 bits, then vertically.
+#pragma once
+#include "stage_noise.h"
+
+namespace vqsa {
+namespace VQSA_ISA {
+
+struct Window {
+  int first, count;
+};
+
+struct PixelateSize {
+  int height, width;
+  VQSA_HD PixelateSize(const Sample& s, const Tables* t)
+      : height(static_cast<int>(s.height * constants_of(s, t).v[0])),
+        width(static_cast<int>(s.width * constants_of(s, t).v[0])) {}
+};
+
+// The pixels that Pillow's BOX filter weighs: those of the window whose distance from the centre, in
+// output pixels, is in (-1/2, 1/2]. Always a run; at ties the first pixel of the window drops out.
+VQSA_HD Window box_window(int i, int from, int to) {
+  const double scale = static_cast<double>(from) / to;
+  const double widening = greatest(scale, 1.0), inverse = 1.0 / widening;
+  const double centre = (i + 0.5) * scale, support = 0.5 * widening;
+  int low = greatest(static_cast<int>(centre - support + 0.5), 0);
+  int high = least(static_cast<int>(centre + support + 0.5), from);
+  const int start = low;
+  while (low < high && !(((low - start) + start - centre + 0.5) * inverse > -0.5)) ++low;
+  while (high > low && !(((high - 1 - start) + start - centre + 0.5) * inverse <= 0.5)) --high;
+  return {low, high - low};
+}
+
+// Pillow's 8-bit fixed point: the weight 1/count with 22 fractional bits, rounded.
+VQSA_HD uint8_t box_mean(int sum, int count) {
+  const int weight = static_cast<int>(0.5 + 4194304.0 / count);
+  return static_cast<uint8_t>(clamp((sum * weight + (1 << 21)) >> 22, 0, 255));
+}
+
+VQSA_HD uint8_t* pixelate_rows(const Sample& s) { return s.work + kAccWords * 4; }            // height x small width
+VQSA_HD uint8_t* pixelate_small(const Sample& s) { return pixelate_rows(s) + 3 * static_cast<size_t>(s.height) * s.width; }
+
+// Source row or column of every output row, then column. BOX upwards takes the pixel under the
+// centre; NEAREST (bethge) adds up its coordinate step by step in double, which can fall on the other
+// side of a pixel's edge.
+VQSA_HD int32_t* pixelate_map(const Sample& s) {
+  const size_t at = kAccWords * 4 + 6 * static_cast<size_t>(s.height) * s.width;
+  return reinterpret_cast<int32_t*>(s.work + (at + 3) / 4 * 4);
+}
+
+struct PixelateMap {
+  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int, int) {
+    const PixelateSize small(s, b.tables);
+    const int height = s.height, width = s.width;
+    int32_t* map = pixelate_map(s);
+    if (s.flavour == kHendrycks) {
+      b.each(height, [=](int y) { map[y] = box_window(y, small.height, height).first; });
+      b.each(width, [=](int x) { map[height + x] = box_window(x, small.width, width).first; });
+      return;
+    }
+    b.each(2, [=](int axis) {
+      const int from = axis == 0 ? small.height : small.width, to = axis == 0 ? height : width;
+      const double step = static_cast<double>(from) / to;
+      double at = step * 0.5;
+      for (int i = 0; i < to; ++i) {
+        map[axis * height + i] = static_cast<int>(at);
+        at += step;
+      }
+    });
+  }
+};
+
+struct PixelateAcross {
+  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    const PixelateSize small(s, b.tables);
+    const int y0 = tile * b.shape.height;
+    const int rows = least(b.shape.height, s.height - y0);
+    const int width = s.width, target = small.width;
+    const uint8_t* in = s.in;
+    uint8_t* out = pixelate_rows(s);
+    // Columns outside, rows inside: a window is worked out once for all rows of the tile.
+    b.each(target, [=](int i) {
+      const Window w = box_window(i, width, target);
+      for (int y = y0; y < y0 + rows; ++y) {
+        const uint8_t* p = in + 3 * (static_cast<size_t>(y) * width + w.first);
+        int r = 0, g = 0, bl = 0;
+        for (int k = 0; k < w.count; ++k) {
+          r += p[3 * k];
+          g += p[3 * k + 1];
+          bl += p[3 * k + 2];
+        }
+        uint8_t* q = out + 3 * (static_cast<size_t>(y) * target + i);
+        q[0] = box_mean(r, w.count);
+        q[1] = box_mean(g, w.count);
+        q[2] = box_mean(bl, w.count);
+      }
+    });
+  }
+};
+
+struct PixelateDown {
+  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    const PixelateSize small(s, b.tables);
+    const int y0 = tile * b.shape.height;
+    const int rows = least(b.shape.height, small.height - y0);
+    if (rows <= 0) return;
+    const int height = s.height, target = small.height, values = 3 * small.width;
+    const uint8_t* VQSA_RESTRICT in = pixelate_rows(s);
+    uint8_t* VQSA_RESTRICT out = pixelate_small(s);
+    b.rows(rows, values, [=](int y, int v) {
+      const Window w = box_window(y0 + y, height, target);
+      int sum = 0;
+      for (int k = 0; k < w.count; ++k) sum += in[static_cast<size_t>(w.first + k) * values + v];
+      out[static_cast<size_t>(y0 + y) * values + v] = box_mean(sum, w.count);
+    });
+  }
+};
+
+struct PixelateUp {
+  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    const PixelateSize small(s, b.tables);
+    const int y0 = tile * b.shape.height;
+    const int rows = least(b.shape.height, s.height - y0);
+    const int width = s.width, from = small.width;
+    const int32_t* map_y = pixelate_map(s);
+    const int32_t* map_x = map_y + s.height;
+    const uint8_t* in = pixelate_small(s);
+    uint8_t* out = s.out;
+    b.each(width, [=](int x) {
+      const int i = map_x[x];
+      for (int y = y0; y < y0 + rows; ++y) {
+        const uint8_t* p = in + 3 * (static_cast<size_t>(map_y[y]) * from + i);
+        uint8_t* q = out + 3 * (static_cast<size_t>(y) * width + x);
+        q[0] = p[0];
+        q[1] = p[1];
+        q[2] = p[2];
+      }
+    });
+  }
+};
+
+}  // namespace VQSA_ISA
+}  // namespace vqsa
