@@ -114,9 +114,10 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     mine = len(np.arange(len(store) if ids is None else len(ids))[state.process_index :: state.num_processes])
     began_s = time.perf_counter()
     try:
-        with tqdm(
-            total=mine * len(cells), unit="img", disable=not state.is_main_process, mininterval=1
-        ) as bar:
+        # A log file wants a line now and then, a screen a moving bar.
+        interval_s = 1 if sys.stderr.isatty() else 30
+        quiet = not state.is_main_process
+        with tqdm(total=mine * len(cells), unit="img", disable=quiet, mininterval=interval_s) as bar:
             counts = scoring.score(
                 net,
                 loader,

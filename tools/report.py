@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 import shards
-from pipeline.corruptions import KINDS
+from pipeline.corruptions import HELD_OUT_KINDS, KINDS
 from pipeline.loader import TrainingLoader
 from pipeline.normalise import denormalise
 from tools.runtime import checkpoint
@@ -135,13 +135,14 @@ def corruption_picture(top1: dict[str, float], clean: float | None) -> bytes:
     """Return a PNG with a bar of mean top-1 for each corruption, and a line for clean images."""
     figure, axis = plt.subplots(figsize=(11, 0.28 * len(top1) + 1.1))
     names = list(top1)[::-1]
-    bars = axis.barh(names, [100 * top1[name] for name in names], color=_LINE, height=0.7)
+    colours = ["#8fb4d9" if name in HELD_OUT_KINDS else _LINE for name in names]
+    bars = axis.barh(names, [100 * top1[name] for name in names], color=colours, height=0.7)
     axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
     if clean is not None:
         axis.axvline(100 * clean, color="#2e8b57", ls="--", lw=1.2, label=f"clean {100 * clean:.1f} %")
         axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.12))
     axis.set_xlim(0, 100)
-    axis.set_xlabel("top-1, mean over severities, %", fontsize=9)
+    axis.set_xlabel("top-1, mean over severities, % (pale: held out of training)", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     return _png(figure)
@@ -210,7 +211,7 @@ def page(run: Path, evaluation: Path) -> str:
         for k, v in flatten(found.config).items()
     )
     parts = [
-        f"<h1>{html.escape(run.name)}</h1><p class=note>{html.escape(note)}</p>",
+        f"<h1>{html.escape(results['data'])}: {html.escape(config.model.trunk)} after {found.step} steps</h1><p class=note>{html.escape(note)}</p>",
         f'<div class="tiles">{"".join(tiles)}</div>',
     ]
     if results["top1_per_corruption"]:
