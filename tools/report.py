@@ -210,8 +210,9 @@ def page(run: Path, evaluation: Path) -> str:
         f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
         for k, v in flatten(found.config).items()
     )
+    title = f"{results['data']}: {config.model.trunk} after {found.step} steps"
     parts = [
-        f"<h1>{html.escape(results['data'])}: {html.escape(config.model.trunk)} after {found.step} steps</h1><p class=note>{html.escape(note)}</p>",
+        f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(note)}</p>",
         f'<div class="tiles">{"".join(tiles)}</div>',
     ]
     if results["top1_per_corruption"]:
@@ -228,7 +229,7 @@ def page(run: Path, evaluation: Path) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run.name)}: vqsa report</title><style>{_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<body>{''.join(parts)}</body></html>"
     )
 
