@@ -62,7 +62,7 @@ struct Defocus {
         [=](int y, int v, int k) {
           const int run = inner[k < radius ? radius - k : k - radius];
           const int32_t* row = prefix + (y + k) * span + 3 * (radius + 1) + v;
-          return row[3 * run] - row[-3 * (run + 1)];  // a run of -1 is empty
+          return run < 0 ? 0 : row[3 * run] - row[-3 * (run + 1)];
         },
         [=](int y, int v, int32_t sum) { plateau[y * 3 * t.width + v] = sum; });
 
