@@ -53,6 +53,7 @@ def library() -> ctypes.CDLL:
     lib.vqsa_run_cpu.argtypes = [pointer, i64, i32, i32, i32, i32, i32, ctypes.c_char_p]
     lib.vqsa_workspace_cuda.argtypes = [pointer, i64, i32, i32, i32, ctypes.POINTER(ctypes.c_size_t)]
     lib.vqsa_run_cuda.argtypes = [pointer, i64, i32, i32, i32, pointer, ctypes.c_size_t, pointer]
+    lib.vqsa_set_frost_textures.argtypes = [pointer, pointer, pointer]
     lib.vqsa_philox4x32.argtypes = [pointer, pointer, pointer]
     return lib
 

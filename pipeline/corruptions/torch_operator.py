@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.corruptions import core, frost
-from pipeline.corruptions.fields import field_parts, noise_parts
+from pipeline.corruptions.fields import field_parts, noise_parts, pack, unpack
 from pipeline.corruptions.kinds import KINDS, constants_id, flavour_id
 
 _PerSampleInt = int | Sequence[int] | np.ndarray | Tensor
@@ -252,12 +252,11 @@ def draw(
         height, width: of the image, >= 32.
         flavour, constants: see corrupt.
         device: where to draw.
-        noise: raw noise to shape instead of the key's, for comparison with another generator; the
-            parts that `noise_shapes` names for this kind. Only for kinds that shape noise.
+        noise: raw noise to shape instead of the key's, for comparison with another generator: the
+            parts that fields.noise_parts names. Only for snow, fog, elastic_transform and spatter.
 
     Returns:
-        The fields by name, float32 or int32 tensors on `device`; empty for kinds that draw nothing.
-        docs/corruptions.md lists them.
+        The fields by name (fields.field_parts), on `device`; empty for kinds that draw nothing.
 
     Raises:
         TypeError, ValueError: as corrupt; noise with wrong names, shapes, or for a kind without any.
@@ -276,12 +275,12 @@ def draw(
     orders["fields"] = fields.data_ptr()
     raw: Tensor | None = None
     if noise is not None:
-        parts = noise_parts(KINDS[number], height, width)
         raw_words = core.library().vqsa_noise_words(*size)
-        raw = _packed(noise, parts, raw_words, where, f"noise of {KINDS[number]}")
+        parts = noise_parts(KINDS[number], height, width, raw_words)
+        raw = pack(noise, parts, raw_words, where, f"noise of {KINDS[number]}")
         orders["noise"] = raw.data_ptr()
     _run(orders, where, core.MODE_DRAW, flavour_number, constants_number)
-    return _unpacked(fields, field_parts(KINDS[number], height, width))
+    return unpack(fields, field_parts(KINDS[number], height, width, words))
 
 
 def apply(
@@ -318,50 +317,14 @@ def apply(
     if len(per_image) != count:
         raise ValueError(f"apply got {len(per_image)} fields for {count} images")
     words = core.library().vqsa_field_words(number, severity, flavour_number, constants_number, height, width)
-    parts = field_parts(KINDS[number], height, width)
+    parts = field_parts(KINDS[number], height, width, words)
     packed: dict[int, Tensor] = {}
     for one in per_image:
         if id(one) not in packed:
-            packed[id(one)] = _packed(one, parts, words, batch_BHWC.device, f"fields of {KINDS[number]}")
+            packed[id(one)] = pack(one, parts, words, batch_BHWC.device, f"fields of {KINDS[number]}")
     out_BHWC = torch.empty_like(batch_BHWC)
     plan_3B = torch.tensor([[number], [severity], [0]]).repeat(1, count)
     orders = _orders(batch_BHWC, out_BHWC, plan_3B)
     orders["fields"] = [packed[id(one)].data_ptr() for one in per_image]
     _run(orders, batch_BHWC.device, core.MODE_APPLY, flavour_number, constants_number)
     return out_BHWC.reshape(images_u8.shape)
-
-
-_Parts = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-
-
-def _packed(values: dict[str, Tensor], parts: _Parts, words: int, device: torch.device, what: str) -> Tensor:
-    """Lay named tensors end to end as the core's 32-bit words."""
-    names = [name for name, _, _ in parts]
-    if sorted(values) != sorted(names):
-        raise ValueError(f"{what}: need {names or 'nothing'}, got {sorted(values)}")
-    pieces = [torch.zeros(0, dtype=torch.int32, device=device)]
-    for name, dtype, shape in parts:
-        value = values[name]
-        if tuple(value.shape) != shape or value.dtype != dtype or value.device.type != device.type:
-            raise ValueError(
-                f"{what}: {name!r} must be {dtype} {shape} on {device}, "
-                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
-            )
-        pieces.append(value.contiguous().reshape(-1).view(torch.int32))
-    packed = torch.cat(pieces)
-    if packed.numel() != words:
-        raise AssertionError(f"{what}: {packed.numel()} words packed, the core expects {words}")
-    return packed
-
-
-def _unpacked(words: Tensor, parts: _Parts) -> dict[str, Tensor]:
-    """Give names, dtypes and shapes to the core's 32-bit words, without a copy."""
-    out: dict[str, Tensor] = {}
-    at = 0
-    for name, dtype, shape in parts:
-        size = int(np.prod(shape))
-        out[name] = words[at : at + size].view(dtype).reshape(shape)
-        at += size
-    if at != words.numel():
-        raise AssertionError(f"{at} words named, the core has {words.numel()}")
-    return out

@@ -51,6 +51,10 @@ std::string check_batch(const VqsaImage* images, int64_t n, int mode, int flavou
     } else {
       return where(i, "kind ") + std::to_string(image.kind) + " is unknown";
     }
+    if (image.kind == kFrost && !has_frost_textures()) {
+      return where(i, "frost needs its textures: pip install imagecorruptions, or set VQSA_FROST_DIR to a folder with "
+                      "frost1.png, frost2.png, frost4.jpg and frost5.jpg");
+    }
     const int top = image.kind == kJpegQuality ? 100 : 5;
     if (image.kind != kIdentity && (image.severity < 1 || image.severity > top)) {
       return where(i, "severity is ") + std::to_string(image.severity) + "; it must be in 1.." + std::to_string(top);
@@ -281,6 +285,20 @@ int vqsa_run_cuda(const VqsaImage* images, int64_t n, int mode, int flavour, int
   }
   return 0;
 }
+
+int vqsa_set_frost_textures(const uint8_t* const* rgb, const int32_t* heights, const int32_t* widths) {
+  Texture textures[kFrostVariants * 4];
+  for (int i = 0; i < kFrostVariants * 4; ++i) {
+    if (rgb[i] == nullptr || heights[i] < 33 || widths[i] < 33) {
+      return fail("frost texture " + std::to_string(i) + " is missing or smaller than 33 x 33 pixels");
+    }
+    textures[i] = {rgb[i], heights[i], widths[i]};
+  }
+  set_frost_textures(textures);
+  return 0;
+}
+
+int vqsa_has_frost_textures(void) { return has_frost_textures() ? 1 : 0; }
 
 void vqsa_philox4x32(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
   const generic::Words4 q = generic::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);

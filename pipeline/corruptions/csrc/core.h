@@ -53,7 +53,8 @@ VQSA_API int vqsa_workspace_cuda(const VqsaImage* images, int64_t n, int mode, i
 VQSA_API int vqsa_run_cuda(const VqsaImage* images, int64_t n, int mode, int flavour, int constants, void* workspace,
                            size_t workspace_bytes, void* stream);
 
-// The four distinct frost textures (frost1, frost2, frost4, frost5), RGB uint8. Copied. Once per process.
+// The frost textures, RGB uint8: 4 variants (as stored, x1.1, x0.3, x0.2) of 4 pictures (frost1, 2, 4, 5),
+// variant by variant. Copied. Once per process: a second call is ignored.
 VQSA_API int vqsa_set_frost_textures(const uint8_t* const* rgb, const int32_t* heights, const int32_t* widths);
 VQSA_API int vqsa_has_frost_textures(void);
 

@@ -25,6 +25,7 @@ struct Orders {
 static_assert(sizeof(Orders) <= 3900, "kernel parameters are limited to 4 KB");
 
 const Tables* device_tables[kMaxDevices];
+bool frost_uploaded[kMaxDevices];
 std::mutex device_tables_mutex;
 
 template <class S>
@@ -86,7 +87,9 @@ std::string cuda_prepare() {
   if (e != cudaSuccess) return message("asking for the current CUDA device", e);
   if (device >= kMaxDevices) return "more than 64 CUDA devices";
   std::lock_guard<std::mutex> lock(device_tables_mutex);
-  if (device_tables[device] != nullptr) return "";
+  const bool frost = has_frost_textures();
+  if (device_tables[device] != nullptr && (frost_uploaded[device] || !frost)) return "";
+  // Kernels in flight may still read an earlier copy without textures: it stays.
   Tables tables = host_tables();
   const TableExtents extents = table_extents();
   e = upload(tables.poisson_thresholds, extents.poisson_thresholds, &tables.poisson_thresholds);
@@ -100,6 +103,7 @@ std::string cuda_prepare() {
   if (e == cudaSuccess) e = upload(&tables, 1, &copy);
   if (e != cudaSuccess) return message("uploading the corruption tables", e);
   device_tables[device] = copy;
+  frost_uploaded[device] = frost;
   return "";
 }
 

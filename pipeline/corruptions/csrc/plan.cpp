@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <algorithm>
+
 #include "stages.h"
 #include "tables.h"
 
@@ -8,6 +10,13 @@ namespace {
 
 void add(std::vector<Step>& steps, int stage, int iterations = 1) {
   for (int i = 0; i < iterations; ++i) steps.push_back({stage, i});
+}
+
+int64_t fog_side(int height, int width) {
+  Sample s = {};
+  s.height = height;
+  s.width = width;
+  return generic::fog_side(s);
 }
 
 // Kinds whose field is one word per pixel value.
@@ -36,8 +45,6 @@ std::vector<Step> plan_steps(int kind, Mode mode, int height, int width) {
     return steps;
   }
   const bool draw = mode != kApply, apply = mode != kDraw;
-  (void)height;
-  (void)width;
   switch (kind) {
     case kIdentity:
       if (apply) add(steps, kStageCopy);
@@ -84,6 +91,53 @@ std::vector<Step> plan_steps(int kind, Mode mode, int height, int width) {
         add(steps, kStageJpegColours);
       }
       break;
+    case kMotionBlur:
+      if (draw) add(steps, kStageMotionDraw);
+      if (apply) add(steps, kStageMotionApply);
+      break;
+    case kZoomBlur:
+      if (apply) add(steps, kStageZoomBlur);
+      break;
+    case kSnow:
+      if (draw) {
+        add(steps, kStageSnowNormals);
+        add(steps, kStageSnowZoom);
+        add(steps, kStageSnowLayer);
+      }
+      if (apply) add(steps, kStageSnowApply);
+      break;
+    case kFrost:
+      if (draw) add(steps, kStageFrostDraw);
+      if (apply) add(steps, kStageFrostApply);
+      break;
+    case kFog:
+      add(steps, kStageClear);
+      if (draw) {
+        int levels = 0;
+        while ((generic::kFogCoarse << levels) < (height > width ? height : width)) ++levels;
+        add(steps, kStageFogCoarse);
+        add(steps, kStageFogRefine, levels);
+        add(steps, kStageFogRange);
+        add(steps, kStageFogField);
+      }
+      if (apply) {
+        add(steps, kStageFogBrightest);
+        add(steps, kStageFogApply);
+      }
+      break;
+    case kElasticTransform:
+      if (draw) {
+        add(steps, kStageElasticNoise);
+        add(steps, kStageElasticFilter);
+        add(steps, kStageElasticDown);
+        add(steps, kStageElasticAcross);
+        add(steps, kStageElasticPoints);
+      }
+      if (apply) {
+        add(steps, kStageElasticWarp);
+        add(steps, kStageElasticSample);
+      }
+      break;
     default:
       break;
   }
@@ -98,12 +152,36 @@ int64_t field_words(int kind, int severity, int set, int flavour, int height, in
   switch (kind) {
     case kGlassBlur:
       return pixels * static_cast<int64_t>(host_tables().constants[set][kind][severity - 1].v[2]);
+    case kMotionBlur:
+      return 1;
+    case kSnow:
+      return (pixels + 3) / 4;
+    case kFrost:
+      return 3;
+    case kFog:
+      return pixels;
+    case kElasticTransform:
+      return 2 * pixels + 6;
     default:
       return 0;
   }
 }
 
-int64_t noise_words(int, int, int, int, int, int) { return 0; }
+int64_t noise_words(int kind, int, int, int, int height, int width) {
+  const int64_t pixels = int64_t{height} * width;
+  switch (kind) {
+    case kSnow:
+      return pixels + 1;
+    case kFog: {
+      const int64_t side = fog_side(height, width);
+      return side * side - 1;
+    }
+    case kElasticTransform:
+      return 2 * pixels + 6;
+    default:
+      return 0;
+  }
+}
 
 int64_t scratch_bytes(int kind, int, int, int, int height, int width) {
   const int64_t pixels = int64_t{height} * width;
@@ -112,6 +190,15 @@ int64_t scratch_bytes(int kind, int, int, int, int height, int width) {
       return 2 * 3 * pixels;
     case kPixelate:
       return 2 * 3 * pixels + 4 * (int64_t{height} + width + 1);
+    case kSnow:  // the enlargement overshoots by up to 5 rows and columns
+      return 4 * (pixels + int64_t{height + 5} * (width + 5));
+    case kFog: {
+      const int64_t side = fog_side(height, width);
+      return 2 * 4 * side * side;
+    }
+    case kElasticTransform:
+      return 4 * (4 * pixels + std::max<int64_t>(4 * height, generic::kElasticTaps) +
+                  std::max<int64_t>(4 * width, generic::kElasticTaps) + 3 * pixels);
     case kJpegCompression:
     case kJpegQuality:
       return int64_t{(height + 15) / 16 * 16} * ((width + 15) / 16 * 16) * 3 / 2;

@@ -45,6 +45,18 @@ struct DiskKernel {
   RimTap rim[121];
 };
 
+constexpr int kMotionTaps = 41;
+struct MotionTaps {
+  int32_t count;
+  float w[kMotionTaps];
+};
+
+constexpr int kZoomLayers = 26;
+struct ZoomFactors {
+  int32_t count;
+  double factor[kZoomLayers];
+};
+
 struct PoissonTable {
   int32_t first[256];    // smallest count with a threshold, per pixel value
   int32_t length[256];   // thresholds per pixel value
@@ -56,6 +68,10 @@ struct QuantTable {
   // Divisors and multipliers of luma [0] and chroma [1], natural order.
   int32_t step[2][64];
 };
+
+// The textures as stored (hendrycks at 224 px), enlarged by 1.1 (bethge), and reduced to 0.3 and 0.2
+// (hendrycks at 64 and 32 px).
+enum FrostVariant : int32_t { kFrostRaw = 0, kFrostEnlarged, kFrostTiny, kFrostCifar, kFrostVariants };
 
 struct Texture {
   const uint8_t* rgb;
@@ -69,13 +85,15 @@ struct Tables {
   GaussianTaps glass[kConstantSets][5];
   GaussianTaps spatter_layer[kConstantSets][5];
   GaussianTaps spatter_mud[kConstantSets][5];
-  GaussianTaps elastic[kConstantSets][5];      // radius -1 where the dense form is used
   DiskKernel disk[kConstantSets][5];
+  MotionTaps motion[kConstantSets][5];
+  MotionTaps snow[kConstantSets][5];
+  ZoomFactors zoom[kConstantSets][5];
   PoissonTable poisson[kConstantSets][5];
   const uint32_t* poisson_thresholds;          // count k when the word is >= k thresholds
   const uint16_t* poisson_guide;               // [set][severity][value][word >> 24] -> lower bound, less `first`
   QuantTable quant[101];                       // by quality
-  Texture frost[4][4];                         // [variant][texture]: as stored, x1.1, x0.3, x0.2
+  Texture frost[kFrostVariants][4];            // null until vqsa_set_frost_textures
 };
 
 }  // namespace vqsa

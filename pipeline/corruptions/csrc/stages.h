@@ -5,10 +5,16 @@
 #pragma once
 #include "stage_colour.h"
 #include "stage_defocus.h"
+#include "stage_elastic.h"
+#include "stage_fog.h"
+#include "stage_frost.h"
 #include "stage_gaussian.h"
 #include "stage_jpeg.h"
+#include "stage_motion.h"
 #include "stage_noise.h"
 #include "stage_pixelate.h"
+#include "stage_snow.h"
+#include "stage_zoom.h"
 
 #define VQSA_STAGES(X)                              \
   X(kStageCopy, Copy)                               \
@@ -38,7 +44,29 @@
   X(kStagePixelateDown, PixelateDown)               \
   X(kStagePixelateUp, PixelateUp)                   \
   X(kStageJpegBlocks, JpegBlocks)                   \
-  X(kStageJpegColours, JpegColours)
+  X(kStageJpegColours, JpegColours)                 \
+  X(kStageMotionDraw, MotionDraw) \
+  X(kStageMotionApply, MotionApply) \
+  X(kStageZoomBlur, ZoomBlur) \
+  X(kStageSnowNormals, SnowNormals) \
+  X(kStageSnowZoom, SnowZoom) \
+  X(kStageSnowLayer, SnowLayer) \
+  X(kStageSnowApply, SnowApply) \
+  X(kStageFrostDraw, FrostDraw) \
+  X(kStageFrostApply, FrostApply) \
+  X(kStageFogCoarse, FogCoarse) \
+  X(kStageFogRefine, FogRefine) \
+  X(kStageFogRange, FogRange) \
+  X(kStageFogField, FogField) \
+  X(kStageFogBrightest, FogBrightest) \
+  X(kStageFogApply, FogApply) \
+  X(kStageElasticNoise, ElasticNoise) \
+  X(kStageElasticFilter, ElasticFilter) \
+  X(kStageElasticDown, ElasticDown) \
+  X(kStageElasticAcross, ElasticAcross) \
+  X(kStageElasticPoints, ElasticPoints) \
+  X(kStageElasticWarp, ElasticWarp) \
+  X(kStageElasticSample, ElasticSample)
 
 namespace vqsa {
 

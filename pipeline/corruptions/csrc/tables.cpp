@@ -3,7 +3,10 @@
 #include "tables.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "fmath.h"
@@ -16,10 +19,6 @@ using generic::exp_det;
 GaussianTaps gaussian_taps(double sigma, double truncate) {
   GaussianTaps taps = {};
   const int radius = sigma > 0 ? static_cast<int>(truncate * sigma + 0.5) : 0;
-  if (radius > 63) {
-    taps.radius = -1;
-    return taps;
-  }
   double sum = 1.0;
   std::vector<double> w(radius + 1, 1.0);
   for (int k = 1; k <= radius; ++k) {
@@ -90,6 +89,24 @@ DiskKernel disk_kernel(double radius, double alias_sigma) {
     if (inner >= 0) kernel.radius = std::max(kernel.radius, std::max(dy, inner));
   }
   return kernel;
+}
+
+MotionTaps motion_taps(double radius, double sigma) {
+  MotionTaps taps = {};
+  taps.count = 2 * static_cast<int>(radius) + 1;
+  double w[kMotionTaps], sum = 0;
+  for (int i = 0; i < taps.count; ++i) sum += w[i] = exp_det(-0.5 * i * i / (sigma * sigma));
+  for (int i = 0; i < taps.count; ++i) taps.w[i] = static_cast<float>(w[i] / sum);
+  return taps;
+}
+
+// As NumPy's arange computes them: 1 + i * ((1 + step) - 1).
+ZoomFactors zoom_factors(double step, int count) {
+  ZoomFactors z = {};
+  z.count = count;
+  const volatile double next = 1.0 + step;
+  for (int i = 0; i < count; ++i) z.factor[i] = 1.0 + i * (next - 1.0);
+  return z;
 }
 
 // Probability as a 32-bit fraction, rounded, saturated.
@@ -178,7 +195,9 @@ struct Built {
         tables.glass[set][i] = gaussian_taps(c[kGlassBlur][i].v[0], 4.0);
         tables.spatter_layer[set][i] = gaussian_taps(c[kSpatter][i].v[2], 4.0);
         tables.spatter_mud[set][i] = gaussian_taps(c[kSpatter][i].v[4], 4.0);
-        tables.elastic[set][i] = gaussian_taps(c[kElasticTransform][i].v[1], 3.0);
+        tables.motion[set][i] = motion_taps(c[kMotionBlur][i].v[0], c[kMotionBlur][i].v[1]);
+        tables.snow[set][i] = motion_taps(c[kSnow][i].v[4], c[kSnow][i].v[5]);
+        tables.zoom[set][i] = zoom_factors(c[kZoomBlur][i].v[0], static_cast<int>(c[kZoomBlur][i].v[1]));
         tables.disk[set][i] = disk_kernel(c[kDefocusBlur][i].v[0], c[kDefocusBlur][i].v[1]);
         poisson_table(c[kShotNoise][i].v[0], &tables.poisson[set][i], &poisson,
                       poisson.guide.data() + (static_cast<size_t>(set * 5 + i) << 16));
@@ -190,14 +209,32 @@ struct Built {
   }
 };
 
-const Built& built() {
-  static const Built* const b = new Built;  // never freed: worker threads may outlive main
+Built& built() {
+  static Built* const b = new Built;  // never freed: worker threads may outlive main
   return *b;
 }
+
+std::mutex frost_mutex;
+std::atomic<bool> frost_set(false);
 
 }  // namespace
 
 const Tables& host_tables() { return built().tables; }
+
+bool set_frost_textures(const Texture* textures) {
+  std::lock_guard<std::mutex> lock(frost_mutex);
+  if (frost_set) return false;
+  for (int i = 0; i < kFrostVariants * 4; ++i) {
+    const size_t bytes = size_t{3} * textures[i].height * textures[i].width;
+    uint8_t* copy = new uint8_t[bytes];
+    std::memcpy(copy, textures[i].rgb, bytes);
+    built().tables.frost[i / 4][i % 4] = {copy, textures[i].height, textures[i].width};
+  }
+  frost_set = true;
+  return true;
+}
+
+bool has_frost_textures() { return frost_set; }
 
 TableExtents table_extents() { return {built().poisson.thresholds.size(), built().poisson.guide.size()}; }
 
