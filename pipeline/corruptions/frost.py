@@ -119,7 +119,8 @@ def _resize(
             fixed = np.rint(w * np.float32(2048)).astype(np.int64).reshape(shape)
             total = total + fixed * np.take(out, np.clip(whole + first + k, 0, length - 1), axis=axis)
         out = total
-    return np.clip((out + (1 << 21)) >> 22, 0, 255).astype(np.uint8)
+    resized: np.ndarray = np.clip((out + (1 << 21)) >> 22, 0, 255).astype(np.uint8)
+    return resized
 
 
 def resize_cubic(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
