@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 import model
@@ -91,6 +91,10 @@ def validate(
     accelerator: Accelerator, net: nn.Module, store: shards.Store, config: RunConfig
 ) -> dict[str, float]:
     """Return clean top-1 and top-5 (percent) on the validation shards, over all processes."""
+    if accelerator.num_processes > 1:
+        # Each process has updated its running statistics from its own images; a checkpoint has the first one's.
+        for buffer in net.buffers():
+            broadcast(buffer)
     device_id = accelerator.device.index if accelerator.device.type == "cuda" else None
     loader = EvaluationLoader(
         store,

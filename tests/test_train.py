@@ -15,12 +15,26 @@ import pytest
 import torch
 
 import train
+from tools.evaluate import EvaluateCommand, evaluate
 from tools.runtime import checkpoint
 from tools.runtime.config import differences, parse_command
 from tools.runtime.metrics import MetricsFile, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
+TWO_PROCESSES = [
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 
 
 def command(shards: Path, out: Path, *more: str) -> list[str]:
@@ -116,8 +130,7 @@ def test_two_processes_train_on_the_same_batches(picture_shards: Path, tmp_path:
     common = ("--steps", "20", "--model.freeze-bn", "--optim.lr", "1e-4")
     runs = {
         "one": [],
-        "two": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no"],
+        "two": TWO_PROCESSES,
         "parts": [],
     }  # fmt: skip
     for name, launch in runs.items():
@@ -129,6 +142,18 @@ def test_two_processes_train_on_the_same_batches(picture_shards: Path, tmp_path:
         for one, other in zip(records["one"], records[name], strict=True):
             assert one["lr"] == other["lr"]
             assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_the_model_they_save(picture_shards: Path, tmp_path: Path) -> None:
+    """Running statistics differ between processes while training; validation must use the saved ones."""
+    common = ("--steps", "6", "--val", str(picture_shards), "--optim.lr", "1e-4")
+    finish(start(*TWO_PROCESSES, *command(picture_shards, tmp_path, *common)))
+    validated = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "val_top1_pct" in r]
+    assert [r["step"] for r in validated] == [6]
+    report = evaluate(EvaluateCommand(checkpoint=tmp_path, data=picture_shards, kinds=()))
+    assert validated[0]["val_top1_pct"] == pytest.approx(100 * report["clean_top1"])
+    assert 0 < report["clean_top1"] < 1
 
 
 def run_here(*arguments: str) -> int:

@@ -1,8 +1,9 @@
-"""Stopping a run on request: the first Ctrl-C or SIGTERM finishes the step, the second stops at once."""
+"""Stopping a run on request: Ctrl-C or SIGTERM finishes the step; a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -14,6 +15,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._first_s = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,9 +28,13 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        # A launcher answers Ctrl-C by sending its processes another signal at once, and only later kills them:
+        # that one must not cost the checkpoint. A person's second Ctrl-C comes later and means it.
+        now_s = time.monotonic()
+        if self.requested and number == signal.SIGINT and now_s - self._first_s > 1:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested, self._first_s = True, now_s
 
     def agreed(self, accelerator: Accelerator, *, due: bool) -> bool:
         """Whether every process stops after this step.
