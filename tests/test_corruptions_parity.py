@@ -4,6 +4,8 @@ The reference draws from NumPy's global generator. Each helper below seeds it, r
 the reference's order, and hands them to our apply.
 """
 
+# ruff: noqa: NPY002, NPY201 - the reference draws from NumPy's global generator and needs np.float_
+
 from __future__ import annotations
 
 import importlib
@@ -48,7 +50,8 @@ def reference() -> Iterator[Any]:
 
     def resource_filename(package: str, path: str) -> str:
         spec = importlib.util.find_spec(package.split(".")[0])
-        assert spec is not None and spec.submodule_search_locations
+        assert spec is not None
+        assert spec.submodule_search_locations
         return str(Path(spec.submodule_search_locations[0]) / path)
 
     shim.resource_filename = resource_filename  # type: ignore[attr-defined]

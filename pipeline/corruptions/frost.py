@@ -91,45 +91,53 @@ def _load(folder: Path) -> None:
         core.check(core.library().vqsa_set_frost_textures(pointers, heights, widths))
 
 
-def _resize(
-    image_HWC: np.ndarray, height: int, width: int, step: tuple[float, float], cubic: bool
-) -> np.ndarray:
-    """Resize as OpenCV does 8-bit images: weights and sums in fixed point, 11 bits per axis."""
-    out = image_HWC.astype(np.int64)
-    for axis, (size, scale) in enumerate(((height, step[0]), (width, step[1]))):
-        length = out.shape[axis]
-        at = ((np.arange(size) + 0.5) * scale - 0.5).astype(np.float32)
+def resize_cubic(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 (H, W, C) to height x width, bicubic (a = -3/4), as OpenCV 5's INTER_CUBIC."""
+
+    def taps(size: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        at = (np.arange(size) + 0.5) * (length / size) - 0.5
         whole = np.floor(at).astype(np.int64)
-        f = (at - whole).astype(np.float32)
-        one = np.float32(1)
-        if cubic:
-            a = np.float32(-0.75)
-            w0 = ((a * (f + one) - 5 * a) * (f + one) + 8 * a) * (f + one) - 4 * a
-            w1 = ((a + 2) * f - (a + 3)) * f * f + one
-            w2 = ((a + 2) * (one - f) - (a + 3)) * (one - f) * (one - f) + one
-            weights, first = [w0, w1, w2, one - w0 - w1 - w2], -1
-        else:
-            # Positions before the first and after the last pixel take that pixel alone.
-            f = np.where((whole < 0) | (whole >= length - 1), np.float32(0), f)
-            weights, first = [one - f, f], 0
-        total = np.zeros((), np.int64)
-        shape = [1, 1, 1]
-        shape[axis] = size
-        for k, w in enumerate(weights):
-            fixed = np.rint(w * np.float32(2048)).astype(np.int64).reshape(shape)
-            total = total + fixed * np.take(out, np.clip(whole + first + k, 0, length - 1), axis=axis)
-        out = total
-    resized: np.ndarray = np.clip((out + (1 << 21)) >> 22, 0, 255).astype(np.uint8)
+        f, g, a = at - whole, 1 - (at - whole), -0.75
+        before = ((a * (f + 1) - 5 * a) * (f + 1) + 8 * a) * (f + 1) - 4 * a
+        left, right = (((a + 2) * d - (a + 3)) * d * d + 1 for d in (f, g))
+        weights = (before, left, right, 1 - before - left - right)
+        return [(np.clip(whole - 1 + k, 0, length - 1), w) for k, w in enumerate(weights)]
+
+    image = image_HWC.astype(np.float64)
+    across = np.zeros((image.shape[0], width, image.shape[2]))
+    for index, weight in taps(width, image.shape[1]):
+        across += weight[None, :, None] * image[:, index]
+    total = np.zeros((height, width, image.shape[2]))
+    for index, weight in taps(height, image.shape[0]):
+        total += weight[:, None, None] * across[index]
+    resized: np.ndarray = np.clip(np.rint(total), 0, 255).astype(np.uint8)
     return resized
 
 
-def resize_cubic(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 (H, W, C) to height x width, bicubic, as cv2.resize with INTER_CUBIC does."""
-    step = (1.0 / (height / image_HWC.shape[0]), 1.0 / (width / image_HWC.shape[1]))
-    return _resize(image_HWC, height, width, step, cubic=True)
-
-
 def resize_linear(image_HWC: np.ndarray, factor: float) -> np.ndarray:
-    """Scale uint8 (H, W, C) by a factor, bilinear without antialiasing, as cv2.resize's default does."""
+    """Scale uint8 (H, W, C) by a factor, bilinear without antialiasing, as cv2.resize's default does.
+
+    OpenCV works in fixed point here: weights in 1/2048, and its own rounding of the vertical pass.
+    """
     height, width = (round(side * factor) for side in image_HWC.shape[:2])
-    return _resize(image_HWC, height, width, (1.0 / factor, 1.0 / factor), cubic=False)
+
+    def taps(size: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        at = ((np.arange(size) + 0.5) * (1.0 / factor) - 0.5).astype(np.float32)
+        whole = np.floor(at).astype(np.int64)
+        # Positions before the first and after the last pixel take that pixel alone.
+        f = np.where((whole < 0) | (whole >= length - 1), np.float32(0), (at - whole).astype(np.float32))
+        weights = (np.float32(1) - f, f)
+        return [
+            (np.clip(whole + k, 0, length - 1), np.rint(w * np.float32(2048)).astype(np.int64))
+            for k, w in enumerate(weights)
+        ]
+
+    image = image_HWC.astype(np.int64)
+    across = np.zeros((image.shape[0], width, image.shape[2]), np.int64)
+    for index, weight in taps(width, image.shape[1]):
+        across += weight[None, :, None] * image[:, index]
+    total = np.zeros((height, width, image.shape[2]), np.int64)
+    for index, weight in taps(height, image.shape[0]):
+        total += (weight[:, None, None] * (across[index] >> 4)) >> 16
+    resized: np.ndarray = np.clip((total + 2) >> 2, 0, 255).astype(np.uint8)
+    return resized
