@@ -138,6 +138,17 @@ std::vector<Step> plan_steps(int kind, Mode mode, int height, int width) {
         add(steps, kStageElasticSample);
       }
       break;
+    case kSpatter:
+      if (draw) {
+        // Water and mud take turns by severity: the other's stages return at once.
+        for (const int stage : {kStageClear, kStageSnowNormals, kStageSpatterLayer, kStageSpatterMud, kStageSpatterSobel,
+                                kStageSpatterThin, kStageSpatterLink, kStageSpatterAcross, kStageSpatterDistance,
+                                kStageSpatterSmooth, kStageSpatterRelief, kStageSpatterWater, kStageSpatterScale}) {
+          add(steps, stage);
+        }
+      }
+      if (apply) add(steps, kStageSpatterApply);
+      break;
     default:
       break;
   }
@@ -159,6 +170,7 @@ int64_t field_words(int kind, int severity, int set, int flavour, int height, in
     case kFrost:
       return 3;
     case kFog:
+    case kSpatter:
       return pixels;
     case kElasticTransform:
       return 2 * pixels + 6;
@@ -170,6 +182,8 @@ int64_t field_words(int kind, int severity, int set, int flavour, int height, in
 int64_t noise_words(int kind, int, int, int, int height, int width) {
   const int64_t pixels = int64_t{height} * width;
   switch (kind) {
+    case kSpatter:
+      return pixels;
     case kSnow:
       return pixels + 1;
     case kFog: {
@@ -192,6 +206,8 @@ int64_t scratch_bytes(int kind, int, int, int, int height, int width) {
       return 2 * 3 * pixels + 4 * (int64_t{height} + width + 1);
     case kSnow:  // the enlargement overshoots by up to 5 rows and columns
       return 4 * (pixels + int64_t{height + 5} * (width + 5));
+    case kSpatter:
+      return (4 + 2 * 2 + 5) * pixels;
     case kFog: {
       const int64_t side = fog_side(height, width);
       return 2 * 4 * side * side;

@@ -14,6 +14,7 @@
 #include "stage_noise.h"
 #include "stage_pixelate.h"
 #include "stage_snow.h"
+#include "stage_spatter.h"
 #include "stage_zoom.h"
 
 #define VQSA_STAGES(X)                              \
@@ -66,7 +67,19 @@
   X(kStageElasticAcross, ElasticAcross) \
   X(kStageElasticPoints, ElasticPoints) \
   X(kStageElasticWarp, ElasticWarp) \
-  X(kStageElasticSample, ElasticSample)
+  X(kStageElasticSample, ElasticSample)             \
+  X(kStageSpatterLayer, SpatterLayer) \
+  X(kStageSpatterMud, SpatterMud) \
+  X(kStageSpatterSobel, SpatterSobel) \
+  X(kStageSpatterThin, SpatterThin) \
+  X(kStageSpatterLink, SpatterLink) \
+  X(kStageSpatterAcross, SpatterAcross) \
+  X(kStageSpatterDistance, SpatterDistance) \
+  X(kStageSpatterSmooth, SpatterSmooth) \
+  X(kStageSpatterRelief, SpatterRelief) \
+  X(kStageSpatterWater, SpatterWater) \
+  X(kStageSpatterScale, SpatterScale) \
+  X(kStageSpatterApply, SpatterApply)
 
 namespace vqsa {
 

@@ -1,0 +1,388 @@
+// spatter: drops of water (edges, distances and embossing of a noise layer) or splashes of mud.
+// Image processing steps as OpenCV defines them: Canny, chamfer distance, histogram equalisation.
+#pragma once
+#include "stage_defocus.h"
+#include "stage_snow.h"
+
+namespace vqsa {
+namespace VQSA_ISA {
+
+constexpr int kSpatterReach = 20;                 // distances are cut off here
+constexpr int kStraight = 65536, kDiagonal = 91750, kKnight = 143976;  // 1, 1.4 and 2.1969 in 1/65536
+
+// Words of the accumulators: the histogram of distances 0..20, and the largest mask value.
+constexpr int kSpatterHistogram = 8, kSpatterLargest = 40;
+
+struct SpatterPlanes {
+  float* normals;
+  uint8_t *layer, *edges, *across, *distance, *relief;  // water; `layer` is mud's indicator too
+  int16_t *dx, *dy;
+  VQSA_HD explicit SpatterPlanes(const Sample& s) {
+    const size_t n = static_cast<size_t>(s.height) * s.width;
+    normals = snow_normals(s);
+    dx = reinterpret_cast<int16_t*>(normals + n);
+    dy = dx + n;
+    layer = reinterpret_cast<uint8_t*>(dy + n);
+    edges = layer + n;
+    across = edges + n;
+    distance = across + n;
+    relief = distance + n;
+  }
+};
+
+VQSA_HD bool spatter_is_mud(const Sample& s, const Tables* t) { return constants_of(s, t).v[5] != 0.0; }
+
+// Gaussian of one plane with clamped borders; done(y, x, value) for the tile.
+template <class T, class B, class Done>
+VQSA_HD void blur_plane(const B& b, const Sample& s, const Tile& t, const GaussianTaps& taps, const T* source, Done done) {
+  const int radius = taps.radius, height = s.height, width = s.width, span = t.width + 2 * radius;
+  float* VQSA_RESTRICT columns = reinterpret_cast<float*>(b.shared);
+  const float* VQSA_RESTRICT w = taps.w;
+  const T* VQSA_RESTRICT in = source;
+  b.template accumulate<float>(
+      t.height, span, radius + 1,
+      [=](int y, int x, int k) {
+        const size_t above = static_cast<size_t>(greatest(t.y + y - k, 0)) * width;
+        const size_t below = static_cast<size_t>(least(t.y + y + k, height - 1)) * width;
+        const int at = clamp(t.x + x - radius, 0, width - 1);
+        return (k == 0 ? 0.5f * w[0] : w[k]) * (static_cast<float>(in[above + at]) + static_cast<float>(in[below + at]));
+      },
+      [=](int y, int x, float sum) { columns[y * span + x] = sum; });
+  b.template accumulate<float>(
+      t.height, t.width, radius + 1,
+      [=](int y, int x, int k) {
+        const float* p = columns + y * span + radius + x;
+        return (k == 0 ? 0.5f * w[0] : w[k]) * (p[-k] + p[k]);
+      },
+      done);
+}
+
+struct SpatterBlurGrid {
+  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) {
+    return sizeof(float) * shape.height * (shape.width + 2 * 16);
+  }
+};
+
+struct SpatterTiles {
+  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 256; }
+};
+
+struct SpatterLayer : SpatterBlurGrid {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    const Constants& c = constants_of(s, b.tables);
+    const SpatterPlanes p(s);
+    const Tile t = tile_at(s, b.shape, tile);
+    const float mean = static_cast<float>(c.v[0]), sd = static_cast<float>(c.v[1]), threshold = static_cast<float>(c.v[3]);
+    const bool mud = spatter_is_mud(s, b.tables);
+    const int width = s.width;
+    uint8_t* VQSA_RESTRICT layer = p.layer;
+    blur_plane(b, s, t, b.tables->spatter_layer[s.set][s.severity - 1], static_cast<const float*>(p.normals),
+               [=](int y, int x, float sum) {
+                 const float level = mean + sd * sum;
+                 const uint8_t water = level < threshold ? 0 : static_cast<uint8_t>(static_cast<int>(255.0f * level));
+                 layer[static_cast<size_t>(t.y + y) * width + t.x + x] = mud ? (level > threshold ? 1 : 0) : water;
+               });
+  }
+};
+
+// Mud's field: the smoothed indicator, nothing below 0.8.
+struct SpatterMud : SpatterBlurGrid {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (!spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int width = s.width;
+    uint32_t* VQSA_RESTRICT fields = s.fields;
+    blur_plane(b, s, t, b.tables->spatter_mud[s.set][s.severity - 1],
+               static_cast<const uint8_t*>(SpatterPlanes(s).layer), [=](int y, int x, float sum) {
+                 fields[static_cast<size_t>(t.y + y) * width + t.x + x] = field_bits(sum < 0.8f ? 0.0f : sum);
+               });
+  }
+};
+
+struct SpatterSobel : SpatterTiles {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int height = s.height, width = s.width;
+    const SpatterPlanes p(s);
+    const uint8_t* VQSA_RESTRICT in = p.layer;
+    b.rows(t.height, t.width, [=](int y, int x) {
+      const int row = t.y + y, column = t.x + x;
+      const uint8_t* a = in + static_cast<size_t>(greatest(row - 1, 0)) * width;
+      const uint8_t* m = in + static_cast<size_t>(row) * width;
+      const uint8_t* z = in + static_cast<size_t>(least(row + 1, height - 1)) * width;
+      const int l = greatest(column - 1, 0), r = least(column + 1, width - 1);
+      const size_t at = static_cast<size_t>(row) * width + column;
+      p.dx[at] = static_cast<int16_t>((a[r] - a[l]) + 2 * (m[r] - m[l]) + (z[r] - z[l]));
+      p.dy[at] = static_cast<int16_t>((z[l] - a[l]) + 2 * (z[column] - a[column]) + (z[r] - a[r]));
+    });
+  }
+};
+
+// Canny's thinning: 0 none, 1 weak, 2 strong. Thresholds 50 and 150 on |dx| + |dy|.
+struct SpatterThin : SpatterTiles {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int height = s.height, width = s.width;
+    const SpatterPlanes p(s);
+    const auto magnitude = [=](int y, int x) {  // 0 outside the image
+      if (y < 0 || y >= height || x < 0 || x >= width) return 0;
+      const size_t at = static_cast<size_t>(y) * width + x;
+      const int dx = p.dx[at], dy = p.dy[at];
+      return (dx < 0 ? -dx : dx) + (dy < 0 ? -dy : dy);
+    };
+    b.rows(t.height, t.width, [=](int dy_tile, int dx_tile) {
+      const int y = t.y + dy_tile, x = t.x + dx_tile;
+      const size_t at = static_cast<size_t>(y) * width + x;
+      const int m = magnitude(y, x);
+      uint8_t state = 0;
+      if (m > 50) {
+        const int dx = p.dx[at], dy = p.dy[at];
+        const int ax = dx < 0 ? -dx : dx, ay = (dy < 0 ? -dy : dy) << 15;
+        const int flat = ax * 13573, steep = flat + (ax << 16);  // tan 22.5 and 67.5 degrees
+        bool peak;
+        if (ay < flat) {
+          peak = m > magnitude(y, x - 1) && m >= magnitude(y, x + 1);
+        } else if (ay > steep) {
+          peak = m > magnitude(y - 1, x) && m >= magnitude(y + 1, x);
+        } else {
+          const int side = (dx ^ dy) < 0 ? -1 : 1;
+          peak = m > magnitude(y - 1, x - side) && m > magnitude(y + 1, x + side);
+        }
+        if (peak) state = m > 150 ? 2 : 1;
+      }
+      p.edges[at] = state;
+    });
+  }
+};
+
+// Weak edges that touch strong ones become strong, until nothing changes. One block per image.
+struct SpatterLink {
+  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 16; }
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const int height = s.height, width = s.width;
+    volatile uint8_t* edges = SpatterPlanes(s).edges;
+    volatile int32_t* changed = reinterpret_cast<volatile int32_t*>(b.shared);
+    bool again = true;
+    while (again) {
+      b.each(1, [=](int) { changed[0] = 0; });
+      b.rows(height, width, [=](int y, int x) {
+        const size_t at = static_cast<size_t>(y) * width + x;
+        if (edges[at] != 1) return;
+        for (int j = greatest(y - 1, 0); j <= least(y + 1, height - 1); ++j) {
+          for (int i = greatest(x - 1, 0); i <= least(x + 1, width - 1); ++i) {
+            if (edges[static_cast<size_t>(j) * width + i] == 2) {
+              edges[at] = 2;
+              changed[0] = 1;
+            }
+          }
+        }
+      });
+      again = changed[0] != 0;
+      b.each(0, [=](int) {});  // all threads have read the flag before it is cleared
+    }
+  }
+};
+
+// Distance to the nearest edge in the same row, at most kSpatterReach + 1.
+struct SpatterAcross {
+  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const int y0 = tile * b.shape.height, width = s.width;
+    const SpatterPlanes p(s);
+    b.each(least(b.shape.height, s.height - y0), [=](int y) {
+      const uint8_t* edges = p.edges + static_cast<size_t>(y0 + y) * width;
+      uint8_t* across = p.across + static_cast<size_t>(y0 + y) * width;
+      int d = kSpatterReach + 1;
+      for (int x = 0; x < width; ++x) {
+        d = edges[x] == 2 ? 0 : least(d + 1, kSpatterReach + 1);
+        across[x] = static_cast<uint8_t>(d);
+      }
+      d = kSpatterReach + 1;
+      for (int x = width - 1; x >= 0; --x) {
+        d = edges[x] == 2 ? 0 : least(d + 1, kSpatterReach + 1);
+        across[x] = static_cast<uint8_t>(least<int>(across[x], d));
+      }
+    });
+  }
+};
+
+// Length of the shortest way over dx, dy in straight, diagonal and knight's steps.
+VQSA_HD int chamfer(int dx, int dy) {
+  const int a = greatest(dx, dy), c = least(dx, dy);
+  return a >= 2 * c ? kKnight * c + kStraight * (a - 2 * c) : kKnight * (a - c) + kDiagonal * (2 * c - a);
+}
+
+// The distance to the nearest edge in 1/65536 pixel, over dx and dy's memory.
+VQSA_HD int32_t* spatter_chamfer(const Sample& s) { return reinterpret_cast<int32_t*>(SpatterPlanes(s).dx); }
+
+struct SpatterDistance : SpatterTiles {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int height = s.height, width = s.width;
+    const uint8_t* VQSA_RESTRICT across = SpatterPlanes(s).across;
+    int32_t* VQSA_RESTRICT distance = spatter_chamfer(s);
+    // Row by row outwards: no farther row can be nearer than its own offset.
+    b.rows(t.height, t.width, [=](int dy, int dx) {
+      const int y = t.y + dy, x = t.x + dx;
+      int best = kSpatterReach * kStraight;
+      for (int k = 0; k * kStraight < best; ++k) {
+        const int up = y - k, down = y + k;
+        if (up >= 0) best = least(best, chamfer(across[static_cast<size_t>(up) * width + x], k));
+        if (down < height) best = least(best, chamfer(across[static_cast<size_t>(down) * width + x], k));
+      }
+      distance[static_cast<size_t>(y) * width + x] = best;
+    });
+  }
+};
+
+// 3 x 3 mean, truncated to whole levels; their histogram.
+struct SpatterSmooth : SpatterTiles {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int height = s.height, width = s.width;
+    const int32_t* VQSA_RESTRICT in = spatter_chamfer(s);
+    uint8_t* VQSA_RESTRICT out = SpatterPlanes(s).distance;
+    b.rows(t.height, t.width, [=](int dy, int dx) {
+      const int y = t.y + dy, x = t.x + dx;
+      const int l = mirror_101(x - 1, width), r = mirror_101(x + 1, width);
+      int sum = 0;
+      for (int k = -1; k <= 1; ++k) {
+        const int32_t* p = in + static_cast<size_t>(mirror_101(y + k, height)) * width;
+        sum += p[l] + p[x] + p[r];
+      }
+      out[static_cast<size_t>(y) * width + x] = static_cast<uint8_t>(sum / (9 * kStraight));
+    });
+    uint32_t* acc = reinterpret_cast<uint32_t*>(s.work) + kSpatterHistogram;
+    for (int level = 0; level <= kSpatterReach; ++level) {
+      for (int y = 0; y < t.height; ++y) {
+        const uint8_t* row = out + static_cast<size_t>(t.y + y) * width + t.x;
+        b.sum(t.width, acc + level, [=](int x) { return row[x] == level ? 1u : 0u; });
+      }
+    }
+  }
+};
+
+// Histogram equalisation, then embossing.
+struct SpatterRelief : SpatterTiles {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int height = s.height, width = s.width;
+    const SpatterPlanes p(s);
+    const uint32_t* histogram = reinterpret_cast<const uint32_t*>(s.work) + kSpatterHistogram;
+    int32_t* level = reinterpret_cast<int32_t*>(b.shared);
+    b.each(1, [=](int) {
+      const uint32_t total = static_cast<uint32_t>(height) * static_cast<uint32_t>(width);
+      int first = 0;
+      while (first < kSpatterReach && histogram[first] == 0) ++first;
+      const bool flat = histogram[first] == total;
+      const float scale = 255.0f / static_cast<float>(flat ? 1u : total - histogram[first]);
+      uint32_t sum = 0;
+      for (int i = 0; i <= kSpatterReach; ++i) {
+        if (i > first) sum += histogram[i];
+        const float v = static_cast<float>(sum) * scale;
+        int rounded = static_cast<int>(v + 0.5f);
+        if (static_cast<float>(rounded) - v == 0.5f && (rounded & 1) != 0) --rounded;  // half to even
+        level[i] = flat ? first : least(rounded, 255);
+      }
+    });
+    const uint8_t* VQSA_RESTRICT in = p.distance;
+    b.rows(t.height, t.width, [=](int dy, int dx) {
+      const int y = t.y + dy, x = t.x + dx;
+      const uint8_t* a = in + static_cast<size_t>(mirror_101(y - 1, height)) * width;
+      const uint8_t* m = in + static_cast<size_t>(y) * width;
+      const uint8_t* z = in + static_cast<size_t>(mirror_101(y + 1, height)) * width;
+      const int l = mirror_101(x - 1, width), r = mirror_101(x + 1, width);
+      const int v = -2 * level[a[l]] - level[a[x]] - level[m[l]] + level[m[x]] + level[m[r]] + level[z[x]] + 2 * level[z[r]];
+      p.relief[static_cast<size_t>(y) * width + x] = static_cast<uint8_t>(clamp(v, 0, 255));
+    });
+  }
+};
+
+// Water's field before scaling: layer times the smoothed relief; its largest value.
+struct SpatterWater : SpatterTiles {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const Tile t = tile_at(s, b.shape, tile);
+    const int height = s.height, width = s.width;
+    const SpatterPlanes p(s);
+    uint32_t* fields = s.fields;
+    b.rows(t.height, t.width, [=](int dy, int dx) {
+      const int y = t.y + dy, x = t.x + dx;
+      const int l = mirror_101(x - 1, width), r = mirror_101(x + 1, width);
+      int sum = 0;
+      for (int k = -1; k <= 1; ++k) {
+        const uint8_t* q = p.relief + static_cast<size_t>(mirror_101(y + k, height)) * width;
+        sum += q[l] + q[x] + q[r];
+      }
+      const size_t at = static_cast<size_t>(y) * width + x;
+      fields[at] = static_cast<uint32_t>(p.layer[at]) * static_cast<uint32_t>((2 * sum + 9) / 18);
+    });
+    uint32_t* acc = reinterpret_cast<uint32_t*>(s.work) + kSpatterLargest;
+    for (int y = 0; y < t.height; ++y) {
+      const uint32_t* row = fields + static_cast<size_t>(t.y + y) * width + t.x;
+      b.largest(t.width, acc, [=](int x) { return row[x]; });
+    }
+  }
+};
+
+// Field: the mask, scaled so that its largest value is the strength. (Without a single drop the
+// reference divides by zero and returns black; here the image stays as it is.)
+struct SpatterScale : PixelGrid {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    if (spatter_is_mud(s, b.tables)) return;
+    const uint32_t largest = reinterpret_cast<const uint32_t*>(s.work)[kSpatterLargest];
+    const float divisor = static_cast<float>(largest == 0 ? 1u : largest);
+    const float strength = static_cast<float>(constants_of(s, b.tables).v[4]);
+    const int first = tile * b.shape.items;
+    uint32_t* VQSA_RESTRICT fields = s.fields + first;
+    b.each(least(b.shape.items, pixels(s) - first), [=](int i) {
+      fields[i] = field_bits(static_cast<float>(static_cast<int32_t>(fields[i])) / divisor * strength);
+    });
+  }
+};
+
+struct SpatterApply : PixelGrid {
+  template <class B>
+  static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
+    const bool mud = spatter_is_mud(s, b.tables);
+    const float red = mud ? 63.0f : 175.0f, green = mud ? 42.0f : 238.0f, blue = mud ? 20.0f : 238.0f;
+    const float hide = mud ? 1.0f : 0.0f;
+    const int first = tile * b.shape.items, count = least(b.shape.items, pixels(s) - first);
+    const uint8_t* VQSA_RESTRICT in = s.in + 3 * static_cast<size_t>(first);
+    uint8_t* VQSA_RESTRICT out = s.out + 3 * static_cast<size_t>(first);
+    const uint32_t* VQSA_RESTRICT fields = s.fields + first;
+    b.each(count, [=](int i) {
+      float m;
+      field_from_bits(fields[i], m);
+      const float keep = 1.0f - hide * m;
+      out[3 * i] = quantise(in[3 * i] * keep + m * red);
+      out[3 * i + 1] = quantise(in[3 * i + 1] * keep + m * green);
+      out[3 * i + 2] = quantise(in[3 * i + 2] * keep + m * blue);
+    });
+  }
+};
+
+}  // namespace VQSA_ISA
+}  // namespace vqsa
