@@ -35,7 +35,7 @@ VQSA_HD float log_det(float x) {
   const int32_t b = bits_of(x);
   const int32_t shifted = b - 0x3F3504F3;
   const int32_t e = shifted >> 23;
-  const float m = float_of(b - (e << 23)) - 1.0f;
+  const float m = float_of(b - e * (1 << 23)) - 1.0f;
   const float z = m * m;
   float p = 7.0376836292e-2f;
   p = p * m - 1.1514610310e-1f;

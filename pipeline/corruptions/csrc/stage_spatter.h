@@ -145,8 +145,8 @@ struct SpatterThin : SpatterTiles {
       uint8_t state = 0;
       if (m > 50) {
         const int dx = p.dx[at], dy = p.dy[at];
-        const int ax = dx < 0 ? -dx : dx, ay = (dy < 0 ? -dy : dy) << 15;
-        const int flat = ax * 13573, steep = flat + (ax << 16);  // tan 22.5 and 67.5 degrees
+        const int ax = dx < 0 ? -dx : dx, ay = (dy < 0 ? -dy : dy) * 32768;
+        const int flat = ax * 13573, steep = flat + ax * 65536;  // tan 22.5 and 67.5 degrees
         bool peak;
         if (ay < flat) {
           peak = m > magnitude(y, x - 1) && m >= magnitude(y, x + 1);
