@@ -32,6 +32,31 @@ VQSA_HD Tile tile_at(const Sample& s, const TileShape& shape, int tile) {
   return t;
 }
 
+#if defined(__GNUC__) && !defined(__CUDACC__)
+// Transposes an 8 x 8 matrix with vector shuffles, which the compiler does not find by itself.
+VQSA_HD void transpose_8x8(const int32_t* VQSA_RESTRICT from, int32_t* VQSA_RESTRICT to) {
+  typedef int32_t Row __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(32)));
+  const Row* in = reinterpret_cast<const Row*>(from);
+  Row* out = reinterpret_cast<Row*>(to);
+  const Mask low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+  // Interleaving rows i and i + 4 three times moves every element to its place.
+  Mask a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = __builtin_shuffle(Mask(in[i]), Mask(in[i + 4]), low);
+    a[2 * i + 1] = __builtin_shuffle(Mask(in[i]), Mask(in[i + 4]), high);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low);
+    b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high);
+  }
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __builtin_shuffle(b[i], b[i + 4], low);
+    out[2 * i + 1] = __builtin_shuffle(b[i], b[i + 4], high);
+  }
+}
+#endif
+
 struct HostBlock {
   TileShape shape;
   unsigned char* shared;
@@ -51,6 +76,14 @@ struct HostBlock {
 #pragma GCC ivdep
       for (int x = 0; x < width; ++x) f(y, x);
     }
+  }
+  // Transposes 8 x 8 matrices that follow each other.
+  VQSA_HD void transpose(int count, const int32_t* from, int32_t* to) const {
+#if defined(__GNUC__) && !defined(__CUDACC__)
+    for (int i = 0; i < count; ++i) transpose_8x8(from + 64 * i, to + 64 * i);
+#else
+    rows(count, 64, [=](int m, int i) { to[64 * m + i] = from[64 * m + (i & 7) * 8 + (i >> 3)]; });
+#endif
   }
   // Sums f over the range into *total: exact for integers, in any order.
   template <class F>
@@ -124,6 +157,9 @@ struct DeviceBlock {
       for (int x = threadIdx.x; x < width; x += 32) f(y, x);
     }
     __syncthreads();
+  }
+  __device__ __forceinline__ void transpose(int count, const int32_t* from, int32_t* to) const {
+    rows(count, 64, [=](int m, int i) { to[64 * m + i] = from[64 * m + (i & 7) * 8 + (i >> 3)]; });
   }
   template <class F>
   __device__ __forceinline__ void sum(int n, uint32_t* total, F f) const {

@@ -203,7 +203,7 @@ int64_t scratch_bytes(int kind, int, int, int, int height, int width) {
     case kGlassBlur:
       return 2 * 3 * pixels;
     case kPixelate:
-      return 2 * 3 * pixels + 4 * (int64_t{height} + width + 1);
+      return 2 * 3 * pixels + 4 * (4 * (int64_t{height} + width) + 1);
     case kSnow:  // the enlargement overshoots by up to 5 rows and columns
       return 4 * (pixels + int64_t{height + 5} * (width + 5));
     case kSpatter:

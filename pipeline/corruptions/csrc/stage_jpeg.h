@@ -143,24 +143,24 @@ struct JpegBlocks {
       red[y * span + inside + x] = red[y * span + inside - 1];
     });
 
-    // Blocks 0 .. 4u-1 are luma, in two rows of 2u; then u of each chroma. Columns first in memory.
+    // Blocks 0 .. 4u-1 are luma, in two rows of 2u; then u of each chroma. Row y of block b is at
+    // b * 64 + y * 8.
     const int luma_blocks = 4 * units;
-    b.rows(luma_blocks, 64, [=](int block, int i) {
-      const int x = i >> 3, y = i & 7;
-      const int bx = block % (2 * units), by = block / (2 * units);
-      one[block * 64 + i] = luma[(8 * by + y) * span + 8 * bx + x] - 128;
+    b.rows(16 * 2 * units, 8, [=](int i, int x) {
+      const int y = i / (2 * units), column = i % (2 * units);
+      two[((y >> 3) * 2 * units + column) * 64 + (y & 7) * 8 + x] = luma[y * span + 8 * column + x] - 128;
     });
     // Chroma is averaged over 2 x 2; the rounding bias alternates 1, 2 along a row. Below the image
     // the last chroma row is repeated, not the last pixel row.
     const int last = (height + 1) / 2 - 1 - y0 / 2;
-    b.rows(2 * units, 64, [=](int block, int i) {
-      const int x = 8 * (block % units) + (i >> 3), y = least(i & 7, last);
-      const uint8_t* p = (block < units ? blue : red) + 2 * y * span + 2 * x;
-      one[(luma_blocks + block) * 64 + i] = ((p[0] + p[1] + p[span] + p[span + 1] + 1 + (x & 1)) >> 2) - 128;
+    b.rows(8 * 2 * units, 8, [=](int i, int x) {
+      const int y = i / (2 * units), block = i % (2 * units);
+      const uint8_t* p = (block < units ? blue : red) + 2 * least(y, last) * span + 16 * (block % units) + 2 * x;
+      two[(luma_blocks + block) * 64 + y * 8 + x] = ((p[0] + p[1] + p[span] + p[span + 1] + 1 + (x & 1)) >> 2) - 128;
     });
-
+    b.transpose(blocks, two, one);
     b.rows(blocks, 8, [=](int block, int lane) { forward_dct<true>(one + block * 64 + lane, 8); });
-    b.rows(blocks, 64, [=](int block, int i) { two[block * 64 + i] = one[block * 64 + (i & 7) * 8 + (i >> 3)]; });
+    b.transpose(blocks, one, two);
     b.rows(blocks, 8, [=](int block, int lane) { forward_dct<false>(two + block * 64 + lane, 8); });
     const int32_t* luma_step = quant.step[0];
     const int32_t* chroma_step = quant.step[1];
@@ -168,19 +168,21 @@ struct JpegBlocks {
       two[block * 64 + i] = quantise_dequantise(two[block * 64 + i], block < luma_blocks ? luma_step[i] : chroma_step[i]);
     });
     b.rows(blocks, 8, [=](int block, int lane) { inverse_dct<true>(two + block * 64 + lane, 8); });
-    b.rows(blocks, 64, [=](int block, int i) { one[block * 64 + i] = two[block * 64 + (i & 7) * 8 + (i >> 3)]; });
+    b.transpose(blocks, two, one);
     b.rows(blocks, 8, [=](int block, int lane) { inverse_dct<false>(one + block * 64 + lane, 8); });
 
-    b.rows(16, span, [=](int y, int x) {
-      const int block = (y >> 3) * 2 * units + (x >> 3);
-      planes.luma[static_cast<size_t>(y0 + y) * planes.luma_stride + x0 + x] =
-          static_cast<uint8_t>(clamp(one[block * 64 + (x & 7) * 8 + (y & 7)] + 128, 0, 255));
+    b.transpose(blocks, one, two);
+
+    b.rows(16 * 2 * units, 8, [=](int i, int x) {
+      const int y = i / (2 * units), column = i % (2 * units);
+      planes.luma[static_cast<size_t>(y0 + y) * planes.luma_stride + x0 + 8 * column + x] = static_cast<uint8_t>(
+          clamp(two[((y >> 3) * 2 * units + column) * 64 + (y & 7) * 8 + x] + 128, 0, 255));
     });
-    b.rows(8, span / 2, [=](int y, int x) {
-      const size_t at = static_cast<size_t>(y0 / 2 + y) * planes.chroma_stride + x0 / 2 + x;
-      const int i = (x & 7) * 8 + y;
-      planes.blue[at] = static_cast<uint8_t>(clamp(one[(luma_blocks + (x >> 3)) * 64 + i] + 128, 0, 255));
-      planes.red[at] = static_cast<uint8_t>(clamp(one[(luma_blocks + units + (x >> 3)) * 64 + i] + 128, 0, 255));
+    b.rows(8 * 2 * units, 8, [=](int i, int x) {
+      const int y = i / (2 * units), block = i % (2 * units);
+      uint8_t* plane = block < units ? planes.blue : planes.red;
+      plane[static_cast<size_t>(y0 / 2 + y) * planes.chroma_stride + x0 / 2 + 8 * (block % units) + x] =
+          static_cast<uint8_t>(clamp(two[(luma_blocks + block) * 64 + y * 8 + x] + 128, 0, 255));
     });
   }
 };

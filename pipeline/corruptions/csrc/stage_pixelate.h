@@ -7,7 +7,12 @@ namespace vqsa {
 namespace VQSA_ISA {
 
 struct Window {
-  int first, count;
+  int32_t first, count;
+};
+
+// Pillow's 8-bit fixed point: the weight 1/count with 22 fractional bits, rounded.
+struct WeightedWindow {
+  int32_t first, count, weight;
 };
 
 struct PixelateSize {
@@ -31,9 +36,10 @@ VQSA_HD Window box_window(int i, int from, int to) {
   return {low, high - low};
 }
 
-// Pillow's 8-bit fixed point: the weight 1/count with 22 fractional bits, rounded.
-VQSA_HD uint8_t box_mean(int sum, int count) {
-  const int weight = static_cast<int>(0.5 + 4194304.0 / count);
+VQSA_HD WeightedWindow weighted(const Window& w) {
+  return {w.first, w.count, static_cast<int>(0.5 + 4194304.0 / w.count)};
+}
+VQSA_HD uint8_t weighted_mean(int sum, int weight) {
   return static_cast<uint8_t>(clamp((sum * weight + (1 << 21)) >> 22, 0, 255));
 }
 
@@ -48,6 +54,11 @@ VQSA_HD int32_t* pixelate_map(const Sample& s) {
   return reinterpret_cast<int32_t*>(s.work + (at + 3) / 4 * 4);
 }
 
+// After the maps: the windows of every small row, then of every small column.
+VQSA_HD WeightedWindow* pixelate_windows(const Sample& s) {
+  return reinterpret_cast<WeightedWindow*>(pixelate_map(s) + s.height + s.width);
+}
+
 struct PixelateMap {
   static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
@@ -56,6 +67,9 @@ struct PixelateMap {
     const PixelateSize small(s, b.tables);
     const int height = s.height, width = s.width;
     int32_t* map = pixelate_map(s);
+    WeightedWindow* windows = pixelate_windows(s);
+    b.each(small.height, [=](int i) { windows[i] = weighted(box_window(i, height, small.height)); });
+    b.each(small.width, [=](int i) { windows[small.height + i] = weighted(box_window(i, width, small.width)); });
     if (s.flavour == kHendrycks) {
       b.each(height, [=](int y) { map[y] = box_window(y, small.height, height).first; });
       b.each(width, [=](int x) { map[height + x] = box_window(x, small.width, width).first; });
@@ -84,22 +98,20 @@ struct PixelateAcross {
     const int width = s.width, target = small.width;
     const uint8_t* in = s.in;
     uint8_t* out = pixelate_rows(s);
-    // Columns outside, rows inside: a window is worked out once for all rows of the tile.
-    b.each(target, [=](int i) {
-      const Window w = box_window(i, width, target);
-      for (int y = y0; y < y0 + rows; ++y) {
-        const uint8_t* p = in + 3 * (static_cast<size_t>(y) * width + w.first);
-        int r = 0, g = 0, bl = 0;
-        for (int k = 0; k < w.count; ++k) {
-          r += p[3 * k];
-          g += p[3 * k + 1];
-          bl += p[3 * k + 2];
-        }
-        uint8_t* q = out + 3 * (static_cast<size_t>(y) * target + i);
-        q[0] = box_mean(r, w.count);
-        q[1] = box_mean(g, w.count);
-        q[2] = box_mean(bl, w.count);
+    const WeightedWindow* windows = pixelate_windows(s) + small.height;
+    b.rows(rows, target, [=](int y, int i) {
+      const WeightedWindow w = windows[i];
+      const uint8_t* p = in + 3 * (static_cast<size_t>(y0 + y) * width + w.first);
+      int r = 0, g = 0, bl = 0;
+      for (int k = 0; k < w.count; ++k) {
+        r += p[3 * k];
+        g += p[3 * k + 1];
+        bl += p[3 * k + 2];
       }
+      uint8_t* q = out + 3 * (static_cast<size_t>(y0 + y) * target + i);
+      q[0] = weighted_mean(r, w.weight);
+      q[1] = weighted_mean(g, w.weight);
+      q[2] = weighted_mean(bl, w.weight);
     });
   }
 };
@@ -113,14 +125,15 @@ struct PixelateDown {
     const int y0 = tile * b.shape.height;
     const int rows = least(b.shape.height, small.height - y0);
     if (rows <= 0) return;
-    const int height = s.height, target = small.height, values = 3 * small.width;
+    const int values = 3 * small.width;
+    const WeightedWindow* windows = pixelate_windows(s) + y0;
     const uint8_t* VQSA_RESTRICT in = pixelate_rows(s);
     uint8_t* VQSA_RESTRICT out = pixelate_small(s);
     b.rows(rows, values, [=](int y, int v) {
-      const Window w = box_window(y0 + y, height, target);
+      const WeightedWindow w = windows[y];
       int sum = 0;
       for (int k = 0; k < w.count; ++k) sum += in[static_cast<size_t>(w.first + k) * values + v];
-      out[static_cast<size_t>(y0 + y) * values + v] = box_mean(sum, w.count);
+      out[static_cast<size_t>(y0 + y) * values + v] = weighted_mean(sum, w.weight);
     });
   }
 };
@@ -138,15 +151,30 @@ struct PixelateUp {
     const int32_t* map_x = map_y + s.height;
     const uint8_t* in = pixelate_small(s);
     uint8_t* out = s.out;
-    b.each(width, [=](int x) {
-      const int i = map_x[x];
+    if (B::kSequential) {
+      // Most rows repeat the one above.
       for (int y = y0; y < y0 + rows; ++y) {
-        const uint8_t* p = in + 3 * (static_cast<size_t>(map_y[y]) * from + i);
-        uint8_t* q = out + 3 * (static_cast<size_t>(y) * width + x);
-        q[0] = p[0];
-        q[1] = p[1];
-        q[2] = p[2];
+        uint8_t* VQSA_RESTRICT q = out + 3 * static_cast<size_t>(y) * width;
+        if (y > y0 && map_y[y] == map_y[y - 1]) {
+          const uint8_t* VQSA_RESTRICT above = q - 3 * static_cast<size_t>(width);
+          b.each(3 * width, [=](int v) { q[v] = above[v]; });
+          continue;
+        }
+        const uint8_t* VQSA_RESTRICT p = in + 3 * static_cast<size_t>(map_y[y]) * from;
+        b.each(width, [=](int x) {
+          q[3 * x] = p[3 * map_x[x]];
+          q[3 * x + 1] = p[3 * map_x[x] + 1];
+          q[3 * x + 2] = p[3 * map_x[x] + 2];
+        });
       }
+      return;
+    }
+    b.rows(rows, width, [=](int y, int x) {
+      const uint8_t* p = in + 3 * (static_cast<size_t>(map_y[y0 + y]) * from + map_x[x]);
+      uint8_t* q = out + 3 * (static_cast<size_t>(y0 + y) * width + x);
+      q[0] = p[0];
+      q[1] = p[1];
+      q[2] = p[2];
     });
   }
 };
