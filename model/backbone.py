@@ -5,6 +5,7 @@ Shapes: B = images, D = feature dimension, H, W = image size, h, w = H, W divide
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +15,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from model.naming import mismatch, some
 
 _BUILDERS = {
     "resnet18": torchvision.models.resnet18,
@@ -92,20 +95,12 @@ def load_weights(trunk: Trunk, fc: nn.Linear, weights: str) -> None:
         raise FileNotFoundError(
             f"model.weights: no file {path}; give a .pth or .safetensors file, 'torchvision' or ''"
         )
-    state = _read(path)
+    state = read_tensors(path)
     classifier = {key: state.pop(f"fc.{key}") for key in ("weight", "bias") if f"fc.{key}" in state}
-    own = trunk.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = sorted(
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    )
-    if missing or unexpected or shapes:
+    problem = mismatch({name: tensor.shape for name, tensor in trunk.state_dict().items()}, state)
+    if problem:
         raise ValueError(
-            f"{path} does not fit trunk {trunk.name}: missing {_some(missing)}; "
-            f"unexpected {_some(unexpected)}; other shapes {_some(shapes)}; "
+            f"{path} does not fit trunk {trunk.name}: {problem}; "
             "choose the trunk and stem that the file was made with"
         )
     trunk.load_state_dict(state)
@@ -131,18 +126,33 @@ def _torchvision_file(name: str) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, or of a torch file without executing anything in it.
+
+    "model" or "state_dict" around the tensors and "module." before the names are taken off.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file does not hold named tensors, or holds something that only executing could load.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give a .pth or .safetensors file")
     if path.suffix == ".safetensors":
         state: dict[str, Any] = dict(safetensors.torch.load_file(path))
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{path} is no torch file of tensors alone ({str(error).splitlines()[0]}); "
+                "save it again as a state_dict or as safetensors"
+            ) from None
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} holds a {type(state).__name__}, wanted named tensors (a state_dict)")
     for wrapper in ("model", "state_dict"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path} holds {some(others)}, which are no tensors; wanted a state_dict")
     return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

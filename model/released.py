@@ -1,0 +1,98 @@
+"""Names of the authors' published checkpoint (github.com/yangzhou321/VQSA, train_sa.py) and back.
+
+Their network keeps the trunk as a sequence, so its parts have numbers; the attention matrices stand at the
+top. Both sides multiply a token by the matrix (M·x), stack the code before the feature and feed the head the
+code's token first, so no tensor is transposed or reordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.naming import mismatch
+from model.vqsa import VQSA
+
+_TRUNK = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}  # 2 and 3 hold no tensor
+_OTHERS = {
+    "attention.K": "K",
+    "attention.Q": "Q",
+    "attention.V": "V",
+    "codebook.codes": "codebook.embeddings.weight",
+    "head.fuse.weight": "fc_fuse.0.weight",
+    "head.fuse.bias": "fc_fuse.0.bias",
+    "head.fc.weight": "fc.weight",
+    "head.fc.bias": "fc.bias",
+}
+
+
+def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Give the tensors of the authors' checkpoint our names.
+
+    Args:
+        state: their tensors; "module." before the names is taken off.
+        config: the authors' variant (recipe `released`); its number of codes is replaced by the tensor's.
+
+    Returns:
+        The configuration with the checkpoint's number of codes, and a complete `state_dict` of its VQSA.
+
+    Raises:
+        ValueError: the tensors are not those of the variant: lists missing, unexpected and differently shaped
+            ones.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for name in ("codebook.embeddings.weight", "fc.weight"):
+        if name not in state or state[name].ndim != 2:
+            raise ValueError(
+                f"not a checkpoint of the authors' VQSA: it has no matrix {name!r} among its {len(state)} "
+                "tensors; plain trunk weights go into model.weights instead"
+            )
+    config = config.model_copy(update={"codes": state["codebook.embeddings.weight"].shape[0]})
+    names = _names(config, state["fc.weight"].shape[0])
+    problem = mismatch(dict(names.values()), state)
+    if problem:
+        raise ValueError(
+            f"the tensors are not those of the authors' VQSA on {config.trunk}: {problem}; "
+            "choose the trunk that it was trained with"
+        )
+    ours = {name: state[theirs] for name, (theirs, _) in names.items()}
+    return config, {**ours, "codebook.initialised": torch.tensor(True)}
+
+
+def to_released(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Give a `state_dict` of the authors' variant their names; the reverse of `from_released`.
+
+    Raises:
+        ValueError: another variant (their network is fusion "concat" with attention), or a `state_dict` that
+            is not the configuration's.
+    """
+    if not config.attention or config.quantise == "none":
+        raise ValueError(
+            "the authors' network has a codebook, fusion 'concat' and attention; this model has quantise "
+            f"{config.quantise!r}, fusion {config.fusion!r}, attention {config.attention}, so it has no form there"
+        )
+    names = _names(config, state["head.fc.weight"].shape[0])
+    wanted = {name: shape for name, (_, shape) in names.items()}
+    problem = mismatch(wanted, {name: t for name, t in state.items() if name != "codebook.initialised"})
+    if problem:
+        raise ValueError(f"the tensors are not those of the configuration: {problem}")
+    return {theirs: state[name] for name, (theirs, _) in names.items()}
+
+
+def _names(config: ModelConfig, classes: int) -> dict[str, tuple[str, torch.Size]]:
+    """Our name of every tensor, with their name and the shape."""
+    with torch.device("meta"):
+        own = VQSA(config.model_copy(update={"weights": ""}), classes).state_dict()
+    names = {}
+    for name, tensor in own.items():
+        if name == "codebook.initialised":
+            continue
+        theirs = _OTHERS.get(name)
+        if theirs is None:
+            _, part, rest = name.split(".", 2)
+            theirs = f"resnet_layer.{_TRUNK[part]}.{rest}"
+        names[name] = (theirs, tensor.shape)
+    return names
