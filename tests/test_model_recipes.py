@@ -1,0 +1,62 @@
+"""The ablations' recipes: each loads, and differs from the paper's only where its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.count import count
+from tools.runtime.config import RunConfig, flatten, read_recipe, validated
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+NO_ATTENTION = {"model.attention": False}
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "finetune": {"model.quantise": "none", **NO_ATTENTION},
+    "replace": {"model.fusion": "replace", **NO_ATTENTION},
+    "add": {"model.fusion": "add", **NO_ATTENTION},
+    "concat": NO_ATTENTION,
+    "concat_sa": {},
+    "codes_1k": {"model.codes": 1_000},
+    "codes_10k": {},
+    "codes_100k": {"model.codes": 100_000},
+    "resnext101_32x8d": {"model.trunk": "resnext101_32x8d"},
+    "resnext101_64x4d": {"model.trunk": "resnext101_64x4d"},
+    "no_corruptions": {"pipeline.kinds": []},
+}
+
+
+def _config(name: str) -> RunConfig:
+    path = RECIPES / f"{name}.toml"
+    return validated(RunConfig, read_recipe(path), str(path))
+
+
+def _settings(name: str) -> dict[str, Any]:
+    return flatten(_config(name).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_differs_from_the_papers_only_where_it_says(name: str) -> None:
+    paper, found = _settings("paper"), _settings(name)
+    assert paper.keys() == found.keys()
+    assert {key: found[key] for key in found if found[key] != paper[key]} == DIFFERENCES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    # FACTS: ResNet-50 is 25,557,032; each part of the paper's model is a multiple of d = 2048 more.
+    [
+        ("finetune", 25_557_032),
+        ("replace", 25_557_032 + 10_000 * 2048),
+        ("add", 25_557_032 + 10_000 * 2048),
+        ("concat", 25_557_032 + 10_000 * 2048 + 4097 * 2048),
+        ("concat_sa", 67_010_600),
+        ("codes_1k", 48_578_600),
+        ("codes_100k", 251_330_600),
+        ("resnext101_32x8d", 67_010_600 - 25_557_032 + 88_791_336),
+        ("resnext101_64x4d", 67_010_600 - 25_557_032 + 83_455_272),
+    ],
+)
+def test_parameters(name: str, full: int) -> None:
+    assert count(_config(name).model, 1000)[-1].parameters == full
