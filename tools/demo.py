@@ -90,12 +90,12 @@ def demo(command: DemoCommand) -> None:
     run_folder = out / "run"
     if command.steps is not None or command.images is not None:
         run_folder = out / f"run-steps{command.steps or 'all'}"
-    seconds = {
-        split: run(
-            "tools/build_shards.py", "--source", source / split, "--out", shard_sets[split], "--name", split
-        )
-        for split in shard_sets
-    }
+    timing = out / "shards" / "build.json"
+    seconds = json.loads(timing.read_text()) if timing.is_file() else {}
+    for split, folder in shard_sets.items():
+        taken_s = run("tools/build_shards.py", "--source", source / split, "--out", folder, "--name", split)
+        seconds.setdefault(split, taken_s)  # of the run that built it, not of one that found it there
+    timing.write_text(json.dumps(seconds))
     length = () if command.steps is None else ("--epochs", "None", "--steps", command.steps)
     run(
         "train.py", "--recipe", command.recipe, "--data", shard_sets["train"], "--val", shard_sets["val"],
