@@ -1,7 +1,7 @@
 """Records on disk: build, index, open. Knows nothing of training; needs neither torch nor DALI.
 
-    store = shards.open("/data/imagenet-train")
-    store.read(17), store.label[17], store.key(17)
+store = shards.open("/data/imagenet-train")
+store.read(17), store.label[17], store.key(17)
 """
 
 from shards.scan import FAULTS, Scan, scan

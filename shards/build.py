@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +39,7 @@ from tqdm import tqdm
 from shards.keys import unique_keys
 from shards.manifest import (
     HEADER_NAME,
+    TABLE_NAME,
     FileName,
     Header,
     ShardFile,
@@ -49,10 +50,12 @@ from shards.manifest import (
     join_tables,
     make_table,
     read_header,
+    sync_folder,
     write_file,
     write_manifest,
 )
 from shards.scan import Scan, scan
+from shards.side_files import INFO_NAME, SIZES_NAME, side_files
 from shards.source_folder import SourceImage, list_image_folder
 from shards.target_tar import TarShardWriter
 
@@ -84,6 +87,8 @@ class BuildOptions:
     """Check of each image: its structure, or a full decode as well (many times slower)."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     """Shuffle all images before they are put into shards; sorted by class and name without it."""
+    only: Annotated[int, Field(ge=0)] | None = None
+    """Write this one shard (its number) of a finished set again, for example after its file was damaged."""
     dry_run: bool = False
     """Only say what would be built."""
 
@@ -358,7 +363,10 @@ def _source_hash(tasks: list[_Task]) -> str:
 
 
 def _already_built(options: BuildOptions, source: str, classes: list[str]) -> Header | None:
-    """The header of the finished set in the output folder, if it is the one that is asked for."""
+    """The header of the finished set in the output folder, if it is the one that is asked for.
+
+    The shard files must be there and of their size, except the one that is to be written again.
+    """
     if not (options.out / HEADER_NAME).is_file():
         return None
     header = read_header(options.out)
@@ -376,12 +384,14 @@ def _already_built(options: BuildOptions, source: str, classes: list[str]) -> He
             f"{options.out}: holds a finished set of another build: {'; '.join(differing)}. "
             "Give another --out, or delete this one first"
         )
-    for shard in header.shards:
+    for number, shard in enumerate(header.shards):
         tar = options.out / shard.name
+        if number == options.only:
+            continue
         if not tar.is_file() or tar.stat().st_size != shard.size:
             raise ValueError(
-                f"{tar}: missing or of another size than {HEADER_NAME} says; bring it back, or delete "
-                f"{options.out} and build again"
+                f"{tar}: missing or of another size than {HEADER_NAME} says; bring it back, or write "
+                f"it again with the same command and --only {number}"
             )
     return header
 
@@ -437,7 +447,8 @@ def _begin(options: BuildOptions) -> None:
                 "give another --out or --name, or delete it"
             )
         write_file(plan, json.dumps(wanted).encode())
-    ours = (f".{options.name}-*.idx.*.tmp", ".manifest.*.tmp", ".rejected.csv.*.tmp")
+    names = (f"{options.name}-*.idx", HEADER_NAME, TABLE_NAME, "rejected.csv", INFO_NAME, SIZES_NAME)
+    ours = [f".{name}.*.tmp" for name in names]
     for leftover in [*work.glob("*.tmp"), *(path for name in ours for path in options.out.glob(name))]:
         leftover.unlink()
 
@@ -553,11 +564,20 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
         return report(None, sum(_finished_part(task) is not None for task in tasks), False)
     work = options.out / _WORK
     header = _already_built(options, source, folder.classes)
-    if header is not None and not work.exists():
+    if options.only is not None and (header is None or options.only >= len(tasks)):
+        found = f"has shards 0..{len(tasks) - 1}" if header else f"has no {HEADER_NAME}"
+        raise ValueError(
+            f"{options.out}: --only {options.only} needs that shard of a finished set, and this folder {found}; "
+            "leave --only out to build or finish the set"
+        )
+    if header is not None and options.only is None and not work.exists():
         return report(header, len(tasks), False)
     try:
         with _locked(options.out):
             header = _already_built(options, source, folder.classes)
+            if header is not None and options.only is not None:
+                _write_again(options.out, tasks[options.only], header.shards[options.only])
+                return report(header, len(tasks) - 1, True)
             if header is not None:  # finished by another builder just now, or killed while tidying up
                 shutil.rmtree(work, ignore_errors=True)
                 return report(header, len(tasks), False)
@@ -587,6 +607,25 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
     return report(header, reused, True)
 
 
+def _write_again(out: Path, task: _Task, wanted: ShardFile) -> None:
+    """Put a shard of a finished set back, if the source still gives the bytes that the manifest lists."""
+    aside = out / _WORK / "again"
+    try:
+        (aside / _WORK).mkdir(parents=True, exist_ok=True)
+        found = _write_shard(replace(task, out=aside)).shard
+        if found != wanted:
+            raise ValueError(
+                f"{out / wanted.name}: nothing was replaced: the images in the source no longer give the shard "
+                f"that {HEADER_NAME} lists (content differs, or another --on-error); bring them back, or "
+                "build the set again in another folder"
+            )
+        for name in (Path(wanted.name).with_suffix(".idx").name, wanted.name):
+            (aside / name).replace(out / name)
+        sync_folder(out)
+    finally:
+        shutil.rmtree(out / _WORK, ignore_errors=True)
+
+
 def _finish(
     options: BuildOptions, classes: list[str], source: str, tasks: list[_Task], parts: list[_Part]
 ) -> Header:
@@ -613,6 +652,8 @@ def _finish(
     )
     _remove_others(options, tasks)
     _write_rejected(options.out, rejected)
+    for name, content in side_files(header).items():
+        write_file(options.out / name, content)
     write_manifest(options.out, header, encoded)
     # A builder that waits to lock may put the folder back; the next run removes it then.
     shutil.rmtree(options.out / _WORK, ignore_errors=True)

@@ -289,7 +289,7 @@ def read_header(folder: Path) -> Header:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy or build the set again") from None
     if not isinstance(loose, dict) or loose.get("format") != "vqsa-shards":
-        raise ValueError(f"{path}: not a vqsa shard manifest (no \"format\": \"vqsa-shards\")")
+        raise ValueError(f'{path}: not a vqsa shard manifest (no "format": "vqsa-shards")')
     if loose.get("version") != VERSION:
         raise ValueError(
             f"{path}: manifest version {loose.get('version')!r}, this vqsa reads version {VERSION}; "

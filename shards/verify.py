@@ -7,6 +7,7 @@ damaged header is one fault, and the samples behind it are still looked at.
 from __future__ import annotations
 
 import io
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from tqdm import tqdm
 
 from shards.manifest import HEADER_NAME, TABLE_NAME, Header, ShardFile, Table, read_header, read_table
 from shards.scan import scan
+from shards.side_files import side_files
 
 _BLOCK = 512
 _CHUNK = 1 << 20
-_COPY = "copy the shard again from where it is whole, or build the set again"
+_COPY_SIDE = "copy it again, or build the set again"
 _REBUILD = "the manifest and the shard are not of one build: copy both again, or build the set again"
 
 
@@ -80,13 +82,19 @@ def _member(block: bytes, names: tuple[str, ...], size: int) -> str:
 class _Shard:
     """One shard file under the check."""
 
-    def __init__(self, folder: Path, info: ShardFile, table: Table, rows: range, decode: bool) -> None:
+    def __init__(
+        self, folder: Path, number: int, info: ShardFile, table: Table, rows: range, decode: bool
+    ) -> None:
         self._path, self._info, self._table, self._rows, self._decode = (
             folder / info.name,
             info,
             table,
             rows,
             decode,
+        )
+        self._copy = (
+            "copy the shard again from where it is whole, or write it again with "
+            f"tools/build_shards.py --only {number}"
         )
         # Where a sample's header is unreadable its extension is not known, and its index line is not compared.
         self._extension: dict[int, str] = {}
@@ -96,7 +104,7 @@ class _Shard:
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            yield Fault(name, None, "shard file missing, the manifest lists it", _COPY)
+            yield Fault(name, None, "shard file missing, the manifest lists it", self._copy)
             return
         except OSError as error:
             yield Fault(name, None, f"cannot be opened: {error.strerror}", "make it readable")
@@ -104,7 +112,7 @@ class _Shard:
         try:
             yield from self._file_faults(fd)
         except OSError as error:
-            yield Fault(name, None, f"cannot be read: {error.strerror}", _COPY)
+            yield Fault(name, None, f"cannot be read: {error.strerror}", self._copy)
         finally:
             os.close(fd)
         yield from self._index_faults()
@@ -113,9 +121,9 @@ class _Shard:
         info, rows = self._info, self._rows
         size = os.fstat(fd).st_size
         if size != info.size:
-            yield Fault(info.name, None, f"{size} bytes, the manifest says {info.size}", _COPY)
+            yield Fault(info.name, None, f"{size} bytes, the manifest says {info.size}", self._copy)
         same_bytes = size == info.size and _hash_file(fd) == info.xxh3_128
-        remedy = _REBUILD if same_bytes else _COPY
+        remedy = _REBUILD if same_bytes else self._copy
         found, at = 0, 0
         for row in rows:
             key = self._table.key(row)
@@ -223,6 +231,25 @@ def _decode_problem(data: bytes) -> str | None:
     return None
 
 
+def _side_faults(folder: Path, header: Header) -> Iterator[Fault]:
+    for name, wanted in side_files(header).items():
+        try:
+            with (folder / name).open("rb") as file:
+                text = file.read(4 * len(wanted) + 1)  # enough for any layout of the same content
+        except FileNotFoundError:
+            yield Fault(name, None, "missing", _COPY_SIDE)
+            continue
+        except OSError as error:
+            yield Fault(name, None, f"cannot be read: {error.strerror}", "make it readable")
+            continue
+        try:
+            same = text == wanted or json.loads(text) == json.loads(wanted)
+        except (ValueError, RecursionError):
+            same = False
+        if not same:
+            yield Fault(name, None, "does not list the shards and counts of the manifest", _COPY_SIDE)
+
+
 def _stray_files(folder: Path, header: Header) -> Iterator[Fault]:
     """Shards that a glob over the folder would find and the manifest does not list."""
     listed = {shard.name for shard in header.shards}
@@ -269,16 +296,16 @@ def verify(
     stop = threading.Event()
     with tqdm(total=header.samples, unit=" img", disable=not progress) as bar:
 
-        def check(task: tuple[ShardFile, range]) -> list[Fault]:
+        def check(task: tuple[int, ShardFile, range]) -> list[Fault]:
             if stop.is_set():
                 return []
-            found = list(_Shard(folder, task[0], table, task[1], decode).faults())
-            bar.update(len(task[1]))
+            found = list(_Shard(folder, *task[:2], table, task[2], decode).faults())
+            bar.update(len(task[2]))
             return found
 
         tasks, first = [], 0
-        for shard in header.shards:
-            tasks.append((shard, range(first, first + shard.samples)))
+        for number, shard in enumerate(header.shards):
+            tasks.append((number, shard, range(first, first + shard.samples)))
             first += shard.samples
         with ThreadPoolExecutor(workers) as pool:
             try:
@@ -286,6 +313,7 @@ def verify(
             except BaseException:
                 stop.set()  # an interrupt must not wait for the rest of the set
                 raise
+    faults.extend(_side_faults(folder, header))
     faults.extend(_stray_files(folder, header))
     return Verification(len(header.shards), header.samples, faults)
 

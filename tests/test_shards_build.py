@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -74,9 +75,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def contents(store: shards.Store) -> dict[str, tuple[str, bytes]]:
-    return {
-        store.key(i): (store.classes[store.label[i]], store.read(i).tobytes()) for i in range(len(store))
-    }
+    return {store.key(i): (store.classes[store.label[i]], store.read(i).tobytes()) for i in range(len(store))}
 
 
 def test_photographs_keep_every_byte(photos_dir: Path, tmp_path: Path) -> None:
@@ -171,7 +170,7 @@ def test_the_bytes_do_not_depend_on_workers_or_runs(source: Path, tmp_path: Path
     assert digests(tmp_path / "one") == digests(tmp_path / "again") == digests(tmp_path / "three")
     assert sorted(digests(tmp_path / "one")) == sorted(
         [f"set-{k:06d}.{e}" for k in range(5) for e in ("tar", "idx")]
-        + ["manifest.json", "manifest.table", "rejected.csv"]
+        + ["_info.json", "manifest.json", "manifest.table", "rejected.csv", "sizes.json"]
     )
 
 
@@ -240,6 +239,65 @@ def test_a_finished_set_is_recognised_and_another_refused(source: Path, tmp_path
     (out / "set-000001.tar").unlink()
     with pytest.raises(ValueError, match=r"set-000001\.tar: missing or of another size"):
         run(source, out)
+
+
+def test_side_files_list_the_shards(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", samples_per_shard=5)
+    names = [f"set-{k:06d}.tar" for k in range(3)]
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == dict(
+        zip(names, (5, 5, 2), strict=True)
+    )
+    assert json.loads((tmp_path / "out" / "_info.json").read_text()) == {
+        "splits": {
+            "set": {
+                "name": "set", "num_samples": 12, "filenames": names, "shard_lengths": [5, 5, 2], "alt_label": ""
+            }
+        }
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "overwritten"])
+def test_one_shard_of_a_finished_set_is_written_again(source: Path, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = digests(out)
+    tar = out / "set-000002.tar"
+    if damage == "missing":
+        tar.unlink()
+        tar.with_suffix(".idx").unlink()
+        with pytest.raises(ValueError, match=r"set-000002\.tar: missing.*--only 2"):
+            run(source, out)
+    else:
+        tar.write_bytes(tar.read_bytes()[:700] if damage == "cut off" else bytes(tar.stat().st_size))
+    times = {p: p.stat().st_mtime_ns for p in out.glob("set-00000[013]*")}
+    report = run(source, out, only=2)
+    assert (report.built, report.shards, report.reused_shards) == (True, 4, 3)
+    assert digests(out) == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    with pytest.raises(
+        ValueError, match=r"--only 4 needs that shard of a finished set, and .* has shards 0\.\.3"
+    ):
+        run(source, out, only=4)
+    with pytest.raises(ValueError, match=r"this folder has no manifest\.json"):
+        run(source, tmp_path / "other", only=0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_changed_source_does_not_replace_a_shard(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = digests(out)
+    first = sorted(source.glob("c0/*"))[0]
+    data = bytearray(first.read_bytes())
+    data[-10] ^= 4  # same size, other content
+    first.write_bytes(data)
+    with pytest.raises(ValueError, match=r"set-000000\.tar: nothing was replaced"):
+        run(source, out, only=0)
+    assert digests(out) == before
+    first.write_bytes(b"x" * len(data))
+    with pytest.raises(ValueError, match="neither JPEG nor PNG"):
+        run(source, out, only=0)
+    assert digests(out) == before
 
 
 def test_foreign_tars_are_not_overwritten(source: Path, tmp_path: Path) -> None:
@@ -333,9 +391,9 @@ def test_a_damaged_image_stops_and_is_named_and_what_is_finished_stays(
     worse.unlink()
     report = run(source, out, workers=workers)
     assert report.reused_shards >= 2
-    assert all(
-        p.stat().st_mtime_ns == kept[p] for p in (out / "set-000000.tar", out / "set-000001.tar")
-    ), "finished shards are not redone"
+    assert all(p.stat().st_mtime_ns == kept[p] for p in (out / "set-000000.tar", out / "set-000001.tar")), (
+        "finished shards are not redone"
+    )
     run(source, tmp_path / "straight")
     assert digests(out) == digests(tmp_path / "straight")
 

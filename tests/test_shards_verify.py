@@ -156,6 +156,19 @@ def index_long(folder: Path) -> None:
         file.write("x" * 10_000)
 
 
+def sizes_differ(folder: Path) -> None:
+    path = folder / "sizes.json"
+    path.write_text(path.read_text().replace('"set-000001.tar": 4', '"set-000001.tar": 5'))
+
+
+def info_missing(folder: Path) -> None:
+    (folder / "_info.json").unlink()
+
+
+def info_not_json(folder: Path) -> None:
+    (folder / "_info.json").write_text("{" * 5000)
+
+
 def stray_shard(folder: Path) -> None:
     (folder / "set-000077.tar").write_bytes(b"")
 
@@ -188,6 +201,9 @@ TAR, IDX = "set-000001.tar", "set-000001.idx"
         (index_differs, [(IDX, "c1_5", "line 3 is", "wds2idx")]),
         (index_short, [(IDX, None, "not one line for each of 4 samples", "wds2idx")]),
         (index_long, [(IDX, None, "not one line for each of 4 samples", "wds2idx")]),
+        (sizes_differ, [("sizes.json", None, "does not list the shards", "copy it again")]),
+        (info_missing, [("_info.json", None, "missing", "copy it again")]),
+        (info_not_json, [("_info.json", None, "does not list the shards", "copy it again")]),
         (stray_shard, [("set-000077.tar", None, "not in the manifest", "remove it")]),
     ],
 )
@@ -200,6 +216,12 @@ def test_damage_is_named(
     for fault, (_, _, problem, remedy) in zip(found, wanted, strict=True):
         assert problem in fault.problem
         assert remedy in fault.remedy
+
+
+def test_the_remedy_names_the_shard_to_write_again(folder: Path) -> None:
+    flip_payload(folder)
+    (fault,) = verify(folder).faults
+    assert fault.remedy.endswith("tools/build_shards.py --only 1")
 
 
 def test_every_damaged_sample_is_named(folder: Path) -> None:
