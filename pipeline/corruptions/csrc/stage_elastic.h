@@ -254,6 +254,13 @@ VQSA_HD int mirror_101_any(int i, int n) {
   return i < n ? i : period - i;
 }
 
+// Bilinear. Written so that four equal values give that value, not one just below, which would
+// truncate a flat area to one level less.
+VQSA_HD float between_four(float a, float b, float c, float d, float fx, float fy) {
+  const float upper = a + fx * (b - a), lower = c + fx * (d - c);
+  return upper + fy * (lower - upper);
+}
+
 // Bilinear, borders mirrored without repeating the edge. Exact source positions, as in OpenCV 5's
 // warpAffine; versions before rounded them to 1/32 pixel (up to 3 levels, 0.09 on average).
 struct ElasticWarp {
@@ -277,10 +284,9 @@ struct ElasticWarp {
       const int xa = 3 * mirror_101_any(ix, width), xb = 3 * mirror_101_any(ix + 1, width);
       const uint8_t* top = in + 3 * static_cast<size_t>(mirror_101_any(iy, height)) * width;
       const uint8_t* bottom = in + 3 * static_cast<size_t>(mirror_101_any(iy + 1, height)) * width;
-      const float w00 = (1.0f - fy) * (1.0f - fx), w01 = (1.0f - fy) * fx, w10 = fy * (1.0f - fx), w11 = fy * fx;
       float* q = out + 3 * (static_cast<size_t>(y) * width + x);
       for (int c = 0; c < 3; ++c) {
-        q[c] = (top[xa + c] * w00 + top[xb + c] * w01) + (bottom[xa + c] * w10 + bottom[xb + c] * w11);
+        q[c] = between_four(top[xa + c], top[xb + c], bottom[xa + c], bottom[xb + c], fx, fy);
       }
     });
   }
@@ -312,9 +318,7 @@ struct ElasticSample {
       const T* top = in + 3 * static_cast<size_t>(mirror_symmetric(y + iy, height)) * width;
       const T* bottom = in + 3 * static_cast<size_t>(mirror_symmetric(y + iy + 1, height)) * width;
       for (int c = 0; c < 3; ++c) {
-        const float upper = (1.0f - fx) * top[xa + c] + fx * top[xb + c];
-        const float lower = (1.0f - fx) * bottom[xa + c] + fx * bottom[xb + c];
-        out[3 * at + c] = quantise((1.0f - fy) * upper + fy * lower);
+        out[3 * at + c] = quantise(between_four(top[xa + c], top[xb + c], bottom[xa + c], bottom[xb + c], fx, fy));
       }
     });
   }
