@@ -31,6 +31,13 @@ struct GaussianTaps {
   float w[64];  // w[0] is the centre, w[k] the weight at distance k
 };
 
+// The same in double precision, for sums that decide between grey levels.
+constexpr int kSmoothRadius = 16;
+struct SmoothTaps {
+  int32_t radius;
+  double w[kSmoothRadius + 1];
+};
+
 // A rim tap stands for four mirrored ones; where they coincide the weight is divided.
 struct RimTap {
   int32_t dy, dx;
@@ -83,8 +90,8 @@ struct Tables {
   double elastic_bethge_alpha[5];
   GaussianTaps gaussian[kConstantSets][5];     // gaussian_blur
   GaussianTaps glass[kConstantSets][5];
-  GaussianTaps spatter_layer[kConstantSets][5];
-  GaussianTaps spatter_mud[kConstantSets][5];
+  SmoothTaps spatter_layer[kConstantSets][5];
+  SmoothTaps spatter_mud[kConstantSets][5];
   DiskKernel disk[kConstantSets][5];
   MotionTaps motion[kConstantSets][5];
   MotionTaps snow[kConstantSets][5];

@@ -1,5 +1,6 @@
 // spatter: drops of water (edges, distances and embossing of a noise layer) or splashes of mud.
 // Image processing steps as OpenCV defines them: Canny, chamfer distance, histogram equalisation.
+// They turn on single grey levels of the layer, so it is smoothed in double precision.
 #pragma once
 #include "stage_defocus.h"
 #include "stage_snow.h"
@@ -8,7 +9,9 @@ namespace vqsa {
 namespace VQSA_ISA {
 
 constexpr int kSpatterReach = 20;                 // distances are cut off here
-constexpr int kStraight = 65536, kDiagonal = 91750, kKnight = 143976;  // 1, 1.4 and 2.1969 in 1/65536
+// Steps of 1, 1.4 and 2.1969, exactly. OpenCV 5 adds them up in float; OpenCV 4 rounded them to 1/65536,
+// which makes a mean of 6 truncate to 5.
+constexpr int kStraight = 10000, kDiagonal = 14000, kKnight = 21969;
 
 // Words of the accumulators: the histogram of distances 0..20, and the largest mask value.
 constexpr int kSpatterHistogram = 8, kSpatterLargest = 40;
@@ -32,27 +35,34 @@ struct SpatterPlanes {
 
 VQSA_HD bool spatter_is_mud(const Sample& s, const Tables* t) { return constants_of(s, t).v[5] != 0.0; }
 
-// Gaussian of one plane with clamped borders; done(y, x, value) for the tile.
-template <class T, class B, class Done>
-VQSA_HD void blur_plane(const B& b, const Sample& s, const Tile& t, const GaussianTaps& taps, const T* source, Done done) {
+// Gaussian of one plane with clamped borders; done(y, x, value) for the tile. `Between` is how the
+// vertical sums are stored.
+template <class Between, class T, class B, class Done>
+VQSA_HD void blur_plane(const B& b, const Sample& s, const Tile& t, const SmoothTaps& taps, const T* source, Done done) {
   const int radius = taps.radius, height = s.height, width = s.width, span = t.width + 2 * radius;
-  float* VQSA_RESTRICT columns = reinterpret_cast<float*>(b.shared);
-  const float* VQSA_RESTRICT w = taps.w;
+  Between* VQSA_RESTRICT columns = reinterpret_cast<Between*>(b.shared);
+  const double* VQSA_RESTRICT w = taps.w;
   const T* VQSA_RESTRICT in = source;
-  b.template accumulate<float>(
-      t.height, span, radius + 1,
+  // Values inside the image first, then the clamped columns beside it.
+  const int left = greatest(0, radius - t.x), right = greatest(0, t.x + t.width + radius - width);
+  const int inner = span - left - right, origin = t.x - radius + left;
+  b.template accumulate<double>(
+      t.height, inner, radius + 1,
       [=](int y, int x, int k) {
-        const size_t above = static_cast<size_t>(greatest(t.y + y - k, 0)) * width;
-        const size_t below = static_cast<size_t>(least(t.y + y + k, height - 1)) * width;
-        const int at = clamp(t.x + x - radius, 0, width - 1);
-        return (k == 0 ? 0.5f * w[0] : w[k]) * (static_cast<float>(in[above + at]) + static_cast<float>(in[below + at]));
+        const size_t above = static_cast<size_t>(greatest(t.y + y - k, 0)) * width + origin;
+        const size_t below = static_cast<size_t>(least(t.y + y + k, height - 1)) * width + origin;
+        return (k == 0 ? 0.5 * w[0] : w[k]) * (static_cast<double>(in[above + x]) + static_cast<double>(in[below + x]));
       },
-      [=](int y, int x, float sum) { columns[y * span + x] = sum; });
-  b.template accumulate<float>(
+      [=](int y, int x, double sum) { columns[y * span + left + x] = static_cast<Between>(sum); });
+  b.rows(t.height, left, [=](int y, int x) { columns[y * span + x] = columns[y * span + left]; });
+  b.rows(t.height, right, [=](int y, int x) {
+    columns[y * span + span - right + x] = columns[y * span + span - right - 1];
+  });
+  b.template accumulate<double>(
       t.height, t.width, radius + 1,
       [=](int y, int x, int k) {
-        const float* p = columns + y * span + radius + x;
-        return (k == 0 ? 0.5f * w[0] : w[k]) * (p[-k] + p[k]);
+        const Between* p = columns + y * span + radius + x;
+        return (k == 0 ? 0.5 * w[0] : w[k]) * (static_cast<double>(p[-k]) + static_cast<double>(p[k]));
       },
       done);
 }
@@ -60,7 +70,7 @@ VQSA_HD void blur_plane(const B& b, const Sample& s, const Tile& t, const Gaussi
 struct SpatterBlurGrid {
   static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) {
-    return sizeof(float) * shape.height * (shape.width + 2 * 16);
+    return sizeof(double) * shape.height * (shape.width + 2 * kSmoothRadius);
   }
 };
 
@@ -75,14 +85,15 @@ struct SpatterLayer : SpatterBlurGrid {
     const Constants& c = constants_of(s, b.tables);
     const SpatterPlanes p(s);
     const Tile t = tile_at(s, b.shape, tile);
-    const float mean = static_cast<float>(c.v[0]), sd = static_cast<float>(c.v[1]), threshold = static_cast<float>(c.v[3]);
+    const double mean = c.v[0], sd = c.v[1], threshold = c.v[3];
     const bool mud = spatter_is_mud(s, b.tables);
     const int width = s.width;
     uint8_t* VQSA_RESTRICT layer = p.layer;
-    blur_plane(b, s, t, b.tables->spatter_layer[s.set][s.severity - 1], static_cast<const float*>(p.normals),
-               [=](int y, int x, float sum) {
-                 const float level = mean + sd * sum;
-                 const uint8_t water = level < threshold ? 0 : static_cast<uint8_t>(static_cast<int>(255.0f * level));
+    blur_plane<double>(b, s, t, b.tables->spatter_layer[s.set][s.severity - 1], static_cast<const float*>(p.normals),
+               [=](int y, int x, double sum) {
+                 const double level = mean + sd * sum;
+                 // A layer above 1 wraps round, as the reference's cast does.
+                 const uint8_t water = level < threshold ? 0 : static_cast<uint8_t>(static_cast<int>(level * 255.0) & 255);
                  layer[static_cast<size_t>(t.y + y) * width + t.x + x] = mud ? (level > threshold ? 1 : 0) : water;
                });
   }
@@ -96,8 +107,10 @@ struct SpatterMud : SpatterBlurGrid {
     const Tile t = tile_at(s, b.shape, tile);
     const int width = s.width;
     uint32_t* VQSA_RESTRICT fields = s.fields;
-    blur_plane(b, s, t, b.tables->spatter_mud[s.set][s.severity - 1],
-               static_cast<const uint8_t*>(SpatterPlanes(s).layer), [=](int y, int x, float sum) {
+    // In float between the passes and at the end, as SciPy keeps a float image.
+    blur_plane<float>(b, s, t, b.tables->spatter_mud[s.set][s.severity - 1],
+               static_cast<const uint8_t*>(SpatterPlanes(s).layer), [=](int y, int x, double total) {
+                 const float sum = static_cast<float>(total);
                  fields[static_cast<size_t>(t.y + y) * width + t.x + x] = field_bits(sum < 0.8f ? 0.0f : sum);
                });
   }
@@ -167,10 +180,31 @@ struct SpatterThin : SpatterTiles {
 struct SpatterLink {
   static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 16; }
+  // From every strong edge on; the stack takes the gradients' memory, and each pixel at most once.
+  static VQSA_HD void follow(uint8_t* edges, int32_t* stack, int height, int width) {
+    int waiting = 0;
+    for (int i = 0; i < height * width; ++i) {
+      if (edges[i] == 2) stack[waiting++] = i;
+    }
+    while (waiting > 0) {
+      const int at = stack[--waiting], y = at / width, x = at % width;
+      for (int j = greatest(y - 1, 0); j <= least(y + 1, height - 1); ++j) {
+        for (int i = greatest(x - 1, 0); i <= least(x + 1, width - 1); ++i) {
+          if (edges[j * width + i] != 1) continue;
+          edges[j * width + i] = 2;
+          stack[waiting++] = j * width + i;
+        }
+      }
+    }
+  }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int, int) {
     if (spatter_is_mud(s, b.tables)) return;
     const int height = s.height, width = s.width;
+    if (B::kSequential) {
+      follow(SpatterPlanes(s).edges, reinterpret_cast<int32_t*>(SpatterPlanes(s).dx), height, width);
+      return;
+    }
     volatile uint8_t* edges = SpatterPlanes(s).edges;
     volatile int32_t* changed = reinterpret_cast<volatile int32_t*>(b.shared);
     bool again = true;
@@ -220,13 +254,14 @@ struct SpatterAcross {
   }
 };
 
-// Length of the shortest way over dx, dy in straight, diagonal and knight's steps.
+// Length of the shortest way over dx, dy in straight, diagonal and knight's steps: the larger of two
+// linear forms, one for the offsets nearer to an axis, one for those nearer to a diagonal.
 VQSA_HD int chamfer(int dx, int dy) {
   const int a = greatest(dx, dy), c = least(dx, dy);
-  return a >= 2 * c ? kKnight * c + kStraight * (a - 2 * c) : kKnight * (a - c) + kDiagonal * (2 * c - a);
+  return greatest(kStraight * a + (kKnight - 2 * kStraight) * c, (kKnight - kDiagonal) * a + (2 * kDiagonal - kKnight) * c);
 }
 
-// The distance to the nearest edge in 1/65536 pixel, over dx and dy's memory.
+// The distance to the nearest edge in 1/kStraight pixel, over dx and dy's memory.
 VQSA_HD int32_t* spatter_chamfer(const Sample& s) { return reinterpret_cast<int32_t*>(SpatterPlanes(s).dx); }
 
 struct SpatterDistance : SpatterTiles {
@@ -237,6 +272,19 @@ struct SpatterDistance : SpatterTiles {
     const int height = s.height, width = s.width;
     const uint8_t* VQSA_RESTRICT across = SpatterPlanes(s).across;
     int32_t* VQSA_RESTRICT distance = spatter_chamfer(s);
+    if (B::kSequential) {  // row against row, so that the loop over x is the vector loop
+      b.rows(t.height, t.width, [=](int y, int x) {
+        distance[static_cast<size_t>(t.y + y) * width + t.x + x] = kSpatterReach * kStraight;
+      });
+      for (int k = 1 - kSpatterReach; k < kSpatterReach; ++k) {
+        const int away = k < 0 ? -k : k, first = greatest(t.y, -k), past = least(t.y + t.height, height - k);
+        b.rows(greatest(past - first, 0), t.width, [=](int y, int x) {
+          const size_t at = static_cast<size_t>(first + y) * width + t.x + x;
+          distance[at] = least(distance[at], chamfer(across[at + static_cast<ptrdiff_t>(k) * width], away));
+        });
+      }
+      return;
+    }
     // Row by row outwards: no farther row can be nearer than its own offset.
     b.rows(t.height, t.width, [=](int dy, int dx) {
       const int y = t.y + dy, x = t.x + dx;
@@ -271,6 +319,13 @@ struct SpatterSmooth : SpatterTiles {
       out[static_cast<size_t>(y) * width + x] = static_cast<uint8_t>(sum / (9 * kStraight));
     });
     uint32_t* acc = reinterpret_cast<uint32_t*>(s.work) + kSpatterHistogram;
+    if (B::kSequential) {
+      for (int y = 0; y < t.height; ++y) {
+        const uint8_t* row = out + static_cast<size_t>(t.y + y) * width + t.x;
+        for (int x = 0; x < t.width; ++x) ++acc[row[x]];
+      }
+      return;
+    }
     for (int level = 0; level <= kSpatterReach; ++level) {
       for (int y = 0; y < t.height; ++y) {
         const uint8_t* row = out + static_cast<size_t>(t.y + y) * width + t.x;

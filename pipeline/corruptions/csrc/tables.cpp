@@ -30,6 +30,19 @@ GaussianTaps gaussian_taps(double sigma, double truncate) {
   return taps;
 }
 
+SmoothTaps smooth_taps(double sigma) {
+  SmoothTaps taps = {};
+  taps.radius = static_cast<int>(4.0 * sigma + 0.5);
+  double sum = 1.0;
+  taps.w[0] = 1.0;
+  for (int k = 1; k <= taps.radius; ++k) {
+    taps.w[k] = exp_det(-0.5 * k * k / (sigma * sigma));
+    sum += 2.0 * taps.w[k];
+  }
+  for (int k = 0; k <= taps.radius; ++k) taps.w[k] /= sum;
+  return taps;
+}
+
 int reflect_101(int i, int n) {
   if (i < 0) i = -i;
   return i >= n ? 2 * (n - 1) - i : i;
@@ -193,8 +206,8 @@ struct Built {
         const auto& c = tables.constants[set];
         tables.gaussian[set][i] = gaussian_taps(c[kGaussianBlur][i].v[0], 4.0);
         tables.glass[set][i] = gaussian_taps(c[kGlassBlur][i].v[0], 4.0);
-        tables.spatter_layer[set][i] = gaussian_taps(c[kSpatter][i].v[2], 4.0);
-        tables.spatter_mud[set][i] = gaussian_taps(c[kSpatter][i].v[4], 4.0);
+        tables.spatter_layer[set][i] = smooth_taps(c[kSpatter][i].v[2]);
+        tables.spatter_mud[set][i] = smooth_taps(c[kSpatter][i].v[4]);
         tables.motion[set][i] = motion_taps(c[kMotionBlur][i].v[0], c[kMotionBlur][i].v[1]);
         tables.snow[set][i] = motion_taps(c[kSnow][i].v[4], c[kSnow][i].v[5]);
         tables.zoom[set][i] = zoom_factors(c[kZoomBlur][i].v[0], static_cast<int>(c[kZoomBlur][i].v[1]));
