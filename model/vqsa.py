@@ -91,6 +91,8 @@ class VQSA(nn.Module):
             raise ValueError(f"a classifier needs at least one class, got {num_classes}")
         self.config = config
         self.num_classes = num_classes
+        self.classes: tuple[str, ...] = ()
+        """Names of the outputs, in order; empty unless `model.load` knew them."""
         self.trunk = Trunk(config.trunk, config.stem, config.freeze_bn)
         dim = self.trunk.dim
         quantised = config.quantise != "none"

@@ -1,0 +1,115 @@
+"""Using a trained model: loading it in Python, exporting it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import model
+from model import ModelConfig
+from tools.export import ExportCommand, export
+from tools.runtime import checkpoint
+from tools.runtime.config import RunConfig
+
+CLASSES = ["ant", "bee", "cat"]
+VARIANTS = {
+    "map": ModelConfig(trunk="resnet10", codes=6),
+    "released": ModelConfig(
+        trunk="resnet10", codes=3, quantise="pooled", metric="cosine", released_eval_scale=True
+    ),
+    "none": ModelConfig(trunk="resnet10", quantise="none", attention=False),
+}
+
+
+def _images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def _run(folder: Path, config: ModelConfig, step: int = 7) -> model.VQSA:
+    """Write a checkpoint as the training loop does, and return its model."""
+    torch.manual_seed(step)
+    net = model.build(config, len(CLASSES))
+    net.initialise_codebook(_images())
+    path = folder / "checkpoints" / f"step_{step:06d}"
+    path.mkdir(parents=True)
+    save_file(net.state_dict(), path / "model.safetensors")
+    run = RunConfig(model=config, pipeline={"image_size": 64, "constants": "imagenet"})  # type: ignore[arg-type]
+    record = {
+        "step": step,
+        "commit": "abc",
+        "classes": CLASSES,
+        "files": {"model.safetensors": (path / "model.safetensors").stat().st_size},
+        "config": run.model_dump(mode="json"),
+    }
+    (path / checkpoint.RUN_FILE).write_text(json.dumps(record))
+    return net.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_load_and_export_give_the_models_logits(variant: str, tmp_path: Path) -> None:
+    net = _run(tmp_path, VARIANTS[variant])
+    with torch.no_grad():
+        wanted = net(_images())
+        for path in (tmp_path, tmp_path / "checkpoints" / "step_000007"):
+            loaded = model.load(path)
+            assert not loaded.training
+            assert loaded.classes == ("ant", "bee", "cat")
+            assert torch.equal(loaded(_images()), wanted)
+
+        assert export(ExportCommand(checkpoint=tmp_path, out=tmp_path / "out")) <= 1e-5
+        exported = model.load(str(tmp_path / "out"))
+        assert exported.classes == loaded.classes
+        assert torch.equal(exported(_images()), wanted)
+        program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+        for count in (1, 3):
+            found = program(_images(count))
+            assert (found - net(_images(count))).abs().max() <= 1e-5 * wanted.abs().max()
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (record["image_size"], record["resize_shorter"], record["step"]) == (64, 73, 7)
+    with pytest.raises(ValueError, match="already there"):
+        export(ExportCommand(checkpoint=tmp_path, out=tmp_path / "out"))
+
+
+def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    _run(tmp_path, VARIANTS["none"], step=999_999)
+    newest = _run(tmp_path, VARIANTS["none"], step=1_000_000)
+    for name in ("step_1000001.tmp", "step_1000002"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    with torch.no_grad():
+        assert torch.equal(model.load(tmp_path)(_images()), newest(_images()))
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no trained model in"):
+        model.load(tmp_path)
+    _run(tmp_path, VARIANTS["map"])
+    path = tmp_path / "checkpoints" / "step_000007"
+    good = load_file(path / "model.safetensors")
+
+    other = {name: tensor for name, tensor in good.items() if name != "attention.K"}
+    save_file({**other, "surplus": torch.zeros(1)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing attention\.K; unexpected surplus; other shapes none"):
+        model.load(path)
+    save_file({**good, "codebook.codes": torch.zeros(5, 512)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"codebook\.codes \(5, 512\) instead of \(6, 512\)"):
+        model.load(path)
+    (path / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        model.load(path)
+
+    save_file(good, path / "model.safetensors")
+    record = json.loads((path / "run.json").read_text())
+    record["config"]["model"]["fusion"] = "melt"
+    (path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="does not describe a model"):
+        model.load(path)
+    shutil.rmtree(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        export(ExportCommand(checkpoint=tmp_path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
