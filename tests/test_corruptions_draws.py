@@ -255,7 +255,7 @@ def test_frost_textures_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     if core.library().vqsa_has_frost_textures():
         assert frost.find_folder() is None
         return
-    with pytest.raises(FileNotFoundError, match="pip install imagecorruptions"):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps imagecorruptions"):
         frost.ensure_loaded([9])
 
 

@@ -58,7 +58,7 @@ def ensure_loaded(kinds: Iterable[int]) -> None:
         )
         raise FileNotFoundError(
             f"frost needs {', '.join(FILES)}, looked in {where}: "
-            "pip install imagecorruptions, or set VQSA_FROST_DIR to a folder with these files"
+            "pip install --no-deps imagecorruptions, or set VQSA_FROST_DIR to a folder with these files"
         )
     _load(folder)
 

@@ -52,7 +52,7 @@ std::string check_batch(const VqsaImage* images, int64_t n, int mode, int flavou
       return where(i, "kind ") + std::to_string(image.kind) + " is unknown";
     }
     if (image.kind == kFrost && !has_frost_textures()) {
-      return where(i, "frost needs its textures: pip install imagecorruptions, or set VQSA_FROST_DIR to a folder with "
+      return where(i, "frost needs its textures: pip install --no-deps imagecorruptions, or set VQSA_FROST_DIR to a folder with "
                       "frost1.png, frost2.png, frost4.jpg and frost5.jpg");
     }
     const int top = image.kind == kJpegQuality ? 100 : 5;
