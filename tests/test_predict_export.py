@@ -1,19 +1,25 @@
-"""Using a trained model: loading it in Python, exporting it."""
+"""Using a trained model: loading it in Python, exporting it, classifying files."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model
 from model import ModelConfig
+from pipeline.config import PipelineConfig
 from tools.export import ExportCommand, export
+from tools.predict import PredictCommand, predict, read_image
 from tools.runtime import checkpoint
 from tools.runtime.config import RunConfig
 
@@ -113,3 +119,63 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         export(ExportCommand(checkpoint=tmp_path, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def _picture(path: Path) -> np.ndarray:
+    """A smooth picture of exactly the size evaluation resizes to, and its pixels."""
+    row, column = np.mgrid[0:73, 0:91]
+    pixels = np.stack([2 * row, 2 * column, row + column], axis=2).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_predictions_are_the_models(variant: str, tmp_path: Path) -> None:
+    net = _run(tmp_path, VARIANTS[variant])
+    pixels = _picture(tmp_path / "a.png")
+    # No resizing is left to do, so the crop and the normalisation can be written out.
+    top, left = round((73 - 64) / 2), round((91 - 64) / 2)
+    image = torch.from_numpy(pixels[top : top + 64, left : left + 64]).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        wanted = net(((image - mean[:, None, None]) / std[:, None, None])[None], return_features=True)
+    (found,) = predict(PredictCommand(images=(tmp_path / "a.png",), checkpoint=tmp_path, top=2))
+    shares = wanted.logits[0].softmax(0)
+    order = shares.argsort(descending=True)[:2]
+    assert [name for name, _ in found.classes] == [CLASSES[i] for i in order]
+    assert [share for _, share in found.classes] == pytest.approx(shares[order].tolist(), rel=1e-3)
+    if variant == "none":
+        assert found.codes == []
+    else:
+        assert sum(count for _, count in found.codes) == wanted.code_index.numel()
+        assert {code for code, _ in found.codes} == set(wanted.code_index.flatten().tolist())
+        assert [count for _, count in found.codes] == sorted(
+            (count for _, count in found.codes), reverse=True
+        )
+
+
+def test_predict_as_a_command_and_its_errors(tmp_path: Path) -> None:
+    _run(tmp_path, VARIANTS["released"])
+    _picture(tmp_path / "a.png")
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "tools/predict.py", "--checkpoint", str(tmp_path)]
+
+    def run(*images: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *map(str, images)],
+            cwd=root, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = run(tmp_path / "a.png", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a.png") == 2
+    assert all(done.stdout.count(name) == 2 for name in CLASSES)
+    assert "codes  " in done.stdout
+    config = PipelineConfig(image_size=64, constants="imagenet")
+    with pytest.raises(FileNotFoundError, match=r"no image .*nowhere\.jpg"):
+        read_image(tmp_path / "nowhere.jpg", config)
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.jpg is no readable image"):
+        read_image(tmp_path / "text.jpg", config)
+    with pytest.raises(ValueError, match="no images named"):
+        predict(PredictCommand(images=(), checkpoint=tmp_path))
