@@ -55,7 +55,11 @@ def photographs(folder: Path | None, count: int) -> torch.Tensor:
     else:
         from skimage import data
 
-        pictures = [Image.fromarray(data.astronaut()), Image.fromarray(data.chelsea()), Image.fromarray(data.coffee())]
+        pictures = [
+            Image.fromarray(data.astronaut()),
+            Image.fromarray(data.chelsea()),
+            Image.fromarray(data.coffee()),
+        ]
     arrays = [np.asarray(p.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for p in pictures]
     return torch.from_numpy(np.stack([arrays[i % len(arrays)] for i in range(count)]))
 
@@ -112,13 +116,18 @@ def measure_cpu(images: torch.Tensor, glass_numba_ms: float, with_reference: boo
         if kind not in available_kinds() or (kind == "frost" and not frost.found()):
             continue
         for severity in range(1, 6):
-            ours = cpu_ms(lambda k=kind, s=severity: corrupt(images, k, s, range_keys(count), flavour="bethge"), count)
+            ours = cpu_ms(
+                lambda k=kind, s=severity: corrupt(images, k, s, range_keys(count), flavour="bethge"), count
+            )
             cell: dict[str, float] = {"ms": round(ours, 4)}
             if module is not None:
                 picture = Image.fromarray(images[0].numpy())
                 once = kind == "glass_blur"  # half a second each
                 theirs = cpu_ms(
-                    lambda k=kind, s=severity: np.uint8(getattr(module, k)(picture, s)), 1, 0.0 if once else 0.03, 1 if once else 3
+                    lambda k=kind, s=severity, p=picture: np.uint8(getattr(module, k)(p, s)),
+                    1,
+                    0.0 if once else 0.03,
+                    1 if once else 3,
                 )
                 cell |= {"reference_ms": round(theirs, 3), "times_faster": round(theirs / ours, 1)}
             cells[f"{kind} {severity}"] = cell
@@ -145,7 +154,9 @@ def measure_cpu(images: torch.Tensor, glass_numba_ms: float, with_reference: boo
             "times_faster_fair": round(fair / summary["mean_ms_15x5"], 1),
         }
     batch, kinds, severities = mix(images, 160)
-    summary["mix_16x5_img_s_1_thread"] = round(1e3 / cpu_ms(lambda: corrupt(batch, kinds, severities, range_keys(160)), 160), 1)
+    summary["mix_16x5_img_s_1_thread"] = round(
+        1e3 / cpu_ms(lambda: corrupt(batch, kinds, severities, range_keys(160)), 160), 1
+    )
 
     def wall_s(threads: int) -> float:
         torch.set_num_threads(threads)
@@ -170,13 +181,19 @@ def mix(images: torch.Tensor, count: int) -> tuple[torch.Tensor, list[str], list
     kinds = [k for k in ("identity", *TRAINING_KINDS) if k != "frost" or frost.found()]
     cells = [(k, s) for k in kinds for s in range(1, 6)]
     batch = images.repeat(count // len(images) + 1, 1, 1, 1)[:count].contiguous()
-    return batch, [cells[i % len(cells)][0] for i in range(count)], [cells[i % len(cells)][1] for i in range(count)]
+    return (
+        batch,
+        [cells[i % len(cells)][0] for i in range(count)],
+        [cells[i % len(cells)][1] for i in range(count)],
+    )
 
 
 def cuda_percentiles_ms(work: Callable[[], object], repeats: int = 30) -> list[float]:
     for _ in range(5):
         work()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+    ]
     for start, end in events:
         start.record()
         work()
@@ -197,7 +214,9 @@ def measure_cuda(images: torch.Tensor) -> dict[str, Any]:
     for batch_size in (32, 128, 256):
         batch, kinds, severities = mix(images, batch_size)
         on_device = batch.cuda()
-        p20, p50, p80 = cuda_percentiles_ms(lambda b=on_device, k=kinds, s=severities, n=batch_size: corrupt(b, k, s, range_keys(n)))
+        p20, p50, p80 = cuda_percentiles_ms(
+            lambda b=on_device, k=kinds, s=severities, n=batch_size: corrupt(b, k, s, range_keys(n))
+        )
         out["mix"][batch_size] = {"ms_p20_p50_p80": [p20, p50, p80], "img_s": round(batch_size / p50 * 1e3)}
         print("mix", batch_size, out["mix"][batch_size], flush=True)
     batch = images.repeat(256 // len(images) + 1, 1, 1, 1)[:256].contiguous().cuda()
@@ -205,7 +224,9 @@ def measure_cuda(images: torch.Tensor) -> dict[str, Any]:
         if kind not in available_kinds() or (kind == "frost" and not frost.found()):
             continue
         for severity in range(1, 6):
-            p20, p50, p80 = cuda_percentiles_ms(lambda k=kind, s=severity: corrupt(batch, k, s, range_keys(256)), 15)
+            p20, p50, p80 = cuda_percentiles_ms(
+                lambda k=kind, s=severity: corrupt(batch, k, s, range_keys(256)), 15
+            )
             out["cells"][f"{kind} {severity}"] = {
                 "ms_p20_p50_p80": [p20, p50, p80],
                 "img_s": round(256 / p50 * 1e3),
@@ -216,7 +237,9 @@ def measure_cuda(images: torch.Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--photos", type=Path, help="folder of *.JPEG photographs (default: scikit-image's)")
     parser.add_argument("--count", type=int, default=16, help="photographs to use")
     parser.add_argument("--glass-numba-ms", type=float, default=14.3, help="mean of glass blur with numba")

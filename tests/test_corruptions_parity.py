@@ -9,6 +9,7 @@ the reference's order, and hands them to our apply.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import types
 import warnings
@@ -37,6 +38,9 @@ BOUNDS: dict[str, tuple[int, float]] = {
     "jpeg_compression": (0, 0.0),
 }
 DEFAULT_BOUND = (1, 0.02)
+
+# Six photographs keep the tests fast; docs/corruptions.md was made with VQSA_PARITY_PHOTOS=30.
+PHOTOS = int(os.environ.get("VQSA_PARITY_PHOTOS", "6"))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,7 @@ def photos(request: pytest.FixtureRequest) -> list[np.ndarray]:
     ]
     try:
         folder: Path = request.getfixturevalue("photos_dir")
-        images += [Image.open(p).convert("RGB") for p in sorted(folder.rglob("*.JPEG"))[::173]]
+        images += [Image.open(p).convert("RGB") for p in sorted(folder.rglob("*.JPEG"))[:: 1000 // PHOTOS]]
     except pytest.skip.Exception:
         pass
     return [np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR)) for image in images]
@@ -212,6 +216,12 @@ def test_apply_equals_imagecorruptions(
         monkeypatch.setattr(
             "skimage.util.noise.np.random.default_rng", lambda *_: np.random.mtrand._rand, raising=True
         )
+    if kind == "spatter":
+        # Its edges hang on whole levels of a smoothed layer: give both the same float32 noise.
+        def single(size: Any, loc: float = 0.0, scale: float = 1.0) -> np.ndarray:
+            return loc + scale * np.random.standard_normal(size).astype(np.float32).astype(np.float64)
+
+        monkeypatch.setattr(np.random, "normal", single)
     largest, means = 0, []
     for i, x in enumerate(photos[:2] if kind == "glass_blur" else photos):
         seed = 1000 * severity + i
