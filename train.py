@@ -25,6 +25,7 @@ from model.codebook import codes_used, perplexity
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from tools.runtime import checkpoint, scoring
 from tools.runtime.config import RunConfig, differences, flatten, parse_command, validated
+from tools.runtime.device import loader_device_id
 from tools.runtime.interrupt import StopRequest
 from tools.runtime.meter import Meter
 from tools.runtime.metrics import MetricsFile, progress_line
@@ -63,7 +64,9 @@ class Progress:
         self.step = state["step"]
 
 
-def starting_point(command: TrainCommand, config: RunConfig) -> checkpoint.Checkpoint | None:
+def starting_point(
+    command: TrainCommand, config: RunConfig, classes: list[str]
+) -> checkpoint.Checkpoint | None:
     """Return the checkpoint to go on from, or None to start; refuses one of another configuration."""
     folder = config.out / "checkpoints"
     if command.resume == "no":
@@ -77,7 +80,21 @@ def starting_point(command: TrainCommand, config: RunConfig) -> checkpoint.Check
         start = found[-1] if found else None
     else:
         start = checkpoint.newest(Path(command.resume))
+        later = [
+            c.path.name
+            for c in checkpoint.complete(folder)
+            if c.step > start.step or start.path.resolve().parent != folder.resolve()
+        ]
+        if later:
+            raise ValueError(
+                f"{config.out} holds other checkpoints ({', '.join(later)}) than the one to go on from; give another "
+                "--out, or move them away"
+            )
     if start is not None:
+        if start.classes != classes:
+            raise ValueError(
+                f"{config.data} has other classes than {start.path} was trained on; resume on its data"
+            )
         changed = differences(start.config, config.model_dump(mode="json"))
         if changed:
             raise ValueError(
@@ -95,14 +112,13 @@ def validate(
         # Each process has updated its running statistics from its own images; a checkpoint has the first one's.
         for buffer in net.buffers():
             broadcast(buffer)
-    device_id = accelerator.device.index if accelerator.device.type == "cuda" else None
     loader = EvaluationLoader(
         store,
         config.pipeline,
         batch=config.pipeline.batch_per_gpu or config.pipeline.batch_global // accelerator.num_processes,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
-        device_id=device_id,
+        device_id=loader_device_id(accelerator.device),
     )
     cells = [(CLEAN, 0)]
     try:
@@ -195,7 +211,7 @@ def train(command: TrainCommand) -> int:
     total = config.total_steps(len(store))
     steps_per_epoch = len(store) / config.pipeline.batch_global
 
-    start = starting_point(command, config)
+    start = starting_point(command, config, store.classes)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         log_with="tensorboard",
@@ -204,14 +220,16 @@ def train(command: TrainCommand) -> int:
     )
     main = accelerator.is_main_process
     say = print if main else (lambda *_: None)
-    set_seed(config.seed)
+    set_seed(
+        config.seed % 2**32
+    )  # numpy takes no more; nothing of ours uses these generators but initial weights
     loader = TrainingLoader(
         store,
         config.pipeline,
         seed=config.seed,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
-        device_id=accelerator.device.index if accelerator.device.type == "cuda" else None,
+        device_id=loader_device_id(accelerator.device),
     )
     net: nn.Module = model.build(config.model, len(store.classes)).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optim, net.parameters())
@@ -242,8 +260,8 @@ def train(command: TrainCommand) -> int:
         if metrics is not None:
             metrics.write(record)
 
-    def save() -> None:
-        checkpoint.save(
+    def save() -> bool:
+        return checkpoint.save(
             accelerator,
             config.out / "checkpoints",
             step=progress.step,
@@ -267,7 +285,8 @@ def train(command: TrainCommand) -> int:
                     record |= meter.report(accelerator)
                     record |= codebook_metrics(accelerator, net)
                     record["memory_gib"] = memory_gib(accelerator.device)
-                    record["damaged"] = len(loader.damaged)
+                    damaged = torch.tensor(len(loader.damaged), device=accelerator.device)
+                    record["damaged"] = int(accelerator.reduce(damaged, "sum"))
                     left_s = (time.perf_counter() - began_s) / (step - began_step) * (total - step)
                     say(progress_line({**record, "eta_s": left_s}, total))
                     report(record)
@@ -279,10 +298,15 @@ def train(command: TrainCommand) -> int:
                         f"top5 {scores['val_top5_pct']:.2f}%"
                     )
                     report({"step": step, "epoch": step / steps_per_epoch, **scores})
-                stopping = stop.agreed(accelerator, due=due) and not done
-                if step % config.checkpoint_every == 0 or done or stopping:
-                    save()
+                stopping = stop.agreed() and not done
+                saved = save() if step % config.checkpoint_every == 0 or done or stopping else True
                 meter.exclude(time.perf_counter() - aside_s)
+                if (done or stopping) and not saved:
+                    raise OSError(
+                        f"the run ends after step {step} of {total} without its last checkpoint, which could not be "
+                        f"written to {config.out}; make room and say --resume auto to repeat what came after the "
+                        "previous one"
+                    )
                 if stopping:
                     say(f"stopped after step {step} of {total}; go on with --resume auto")
                     return 130
@@ -300,7 +324,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code = train(parse_command(TrainCommand))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     sys.exit(code)
 

@@ -24,6 +24,7 @@ import shards
 from benchmarks.environment import environment, percentiles
 from pipeline.loader import TrainingLoader
 from tools.runtime.config import RunConfig, read_recipe, validated
+from tools.runtime.device import loader_device_id
 from tools.runtime.optim import make_optimizer
 
 
@@ -117,9 +118,7 @@ def main() -> None:
         rows["plain trunk alone, synthetic batches"] = _rates(lambda: step(synthetic, labels), command)
     step = _trainer(config, len(store.classes), accelerator)
     rows["VQSA alone, synthetic batches"] = _rates(lambda: step(synthetic, labels), command)
-    loader = TrainingLoader(
-        store, config.pipeline, seed=0, device_id=device.index if device.type == "cuda" else None
-    )
+    loader = TrainingLoader(store, config.pipeline, seed=0, device_id=loader_device_id(device))
 
     def both() -> None:
         batch = next(loader)

@@ -111,6 +111,10 @@ class PipelineConfig(BaseModel):
                 "pipeline.clean_fraction cannot be set with law = 'bag', which fixes the clean share at "
                 "1 / (kinds + 1); use law = 'uniform'"
             )
+        if self.paired and self.clean_fraction is not None:
+            raise ValueError(
+                "pipeline.clean_fraction means nothing with paired = true, where no sample is drawn clean"
+            )
         if not self.kinds and self.paired:
             raise ValueError("pipeline.paired needs at least one corruption in pipeline.kinds")
         if self.resize_shorter < self.image_size:

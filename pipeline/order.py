@@ -31,15 +31,13 @@ class Order:
     Args:
         samples: N, at least 1.
         seed: the run's seed.
-        shuffle: False visits ids 0..N-1 in every epoch.
     """
 
-    def __init__(self, samples: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(self, samples: int, seed: int) -> None:
         if samples < 1:
             raise ValueError(f"an order needs at least one sample, got {samples}")
         self.samples = samples
         self.seed = seed
-        self.shuffle = shuffle
         self._epochs: dict[int, I64] = {}
         self._lock = threading.Lock()
 
@@ -49,8 +47,7 @@ class Order:
                 # A batch looks at two neighbouring epochs at most, unless it is larger than the set.
                 while len(self._epochs) > 1:
                     del self._epochs[min(self._epochs)]
-                ids_N = np.arange(self.samples)
-                self._epochs[epoch] = permutation(self.samples, self.seed, epoch) if self.shuffle else ids_N
+                self._epochs[epoch] = permutation(self.samples, self.seed, epoch)
             return self._epochs[epoch]
 
     def at(self, position_B: I64) -> tuple[I64, I64]:

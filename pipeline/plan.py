@@ -53,9 +53,6 @@ class Plan:
     severity_B: I32
     key_B: U64
 
-    def __len__(self) -> int:
-        return len(self.sample_B)
-
 
 def _exp(x: F64) -> F64:
     """Exponential from + - * / alone, so the same on every CPU; for |x| <= 3 within 4e-15 relative."""

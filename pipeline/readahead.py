@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -65,6 +66,14 @@ class Damage:
         self._policy = policy
         self._lock = threading.Lock()
         self.reasons: dict[int, str] = {}
+        # (epoch, sample) whose window the decoder rejected. Another epoch's window may decode, so that what is
+        # replaced stays a function of seed, epoch and sample id.
+        self.rejected: set[tuple[int, int]] = set()
+
+    def reject(self, epoch: int, sample: int) -> None:
+        """Note that the decoder fails on a sample's window of one epoch."""
+        self.rejected.add((epoch, sample))
+        self.record(sample, UNDECODABLE)
 
     def record(self, sample: int, reason: str) -> None:
         """Note that a sample is damaged; raises DamagedSampleError under the policy "stop"."""
@@ -117,9 +126,14 @@ class ReadAhead:
         data: list[Any] = list(records.data)
         damaged_B = records.fault != 0
         for i in np.flatnonzero(damaged_B).tolist():
+            if records.errno[i]:
+                # A disk or a network that fails says nothing about the image: never train on grey because of it.
+                number = int(records.errno[i])
+                where = self._store.location(int(plan.sample_B[i]))
+                raise OSError(number, f"reading {where} failed: {os.strerror(number)}")
             self._damage.record(int(plan.sample_B[i]), FAULTS[int(records.fault[i])])
-        for i, sample in enumerate(plan.sample_B.tolist()):
-            damaged_B[i] |= sample in self._damage.reasons
+        for i, (epoch, sample) in enumerate(zip(plan.epoch_B.tolist(), plan.sample_B.tolist(), strict=True)):
+            damaged_B[i] |= (epoch, sample) in self._damage.rejected
             if damaged_B[i]:
                 data[i] = grey_jpeg(int(self._store.height[sample]), int(self._store.width[sample]))
         return ReadBatch(number, plan, data, damaged_B)

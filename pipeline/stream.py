@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.plan import Plan
-from pipeline.readahead import UNDECODABLE, Damage, ReadAhead, ReadBatch
+from pipeline.readahead import U8, Damage, ReadAhead, ReadBatch, grey_jpeg
 from shards import Store
 
 log = logging.getLogger(__name__)
@@ -151,22 +151,32 @@ class Stream:
 
     def _blame(self, in_flight: list[ReadBatch], error: Exception) -> None:
         """Find which records made DALI fail and note them; raise the error if none did."""
-        suspects: dict[int, tuple[ReadBatch, int]] = {}
+        suspects: dict[tuple[int, int], tuple[ReadBatch, int]] = {}
         for batch in in_flight:
             for i in np.flatnonzero(~batch.damaged_B).tolist():
-                suspects.setdefault(int(batch.plan.sample_B[i]), (batch, i))
-        culprits = [sample for sample, (batch, i) in suspects.items() if not self._decodes(batch, i)]
+                suspects.setdefault((int(batch.plan.epoch_B[i]), int(batch.plan.sample_B[i])), (batch, i))
+        if not suspects:
+            raise error
+        # If DALI cannot even decode a sound picture now (out of memory, say), no record is to blame.
+        batch, i = next(iter(suspects.values()))
+        height, width = (batch.plan.anchor_B2[i] + batch.plan.window_B2[i]).tolist()
+        if not self._decodes(batch, i, grey_jpeg(height, width)):
+            raise error
+        culprits = [
+            (batch, i) for batch, i in suspects.values() if not self._decodes(batch, i, batch.data[i])
+        ]
         if not culprits:
             raise error
-        for sample in culprits:
-            self.damage.record(sample, UNDECODABLE)
+        log.warning("the decoder failed: %s", str(error).strip().splitlines()[-1])
+        for batch, i in culprits:
+            self.damage.reject(int(batch.plan.epoch_B[i]), int(batch.plan.sample_B[i]))
 
-    def _decodes(self, batch: ReadBatch, i: int) -> bool:
-        """Whether DALI decodes one sample's window in a graph of its own."""
+    def _decodes(self, batch: ReadBatch, i: int, data: U8) -> bool:
+        """Whether DALI decodes a sample's window of these bytes in a graph of its own."""
         plan = batch.plan
         geometry = tuple(a[i : i + 1] for a in (plan.anchor_B2, plan.window_B2))
         one = (
-            [batch.data[i]],
+            [data],
             *geometry,
             plan.size_B2[i : i + 1].astype(np.float32),
             plan.offset_B2[i : i + 1],

@@ -100,10 +100,6 @@ def test_epochs_differ_and_a_batch_may_span_two() -> None:
     assert permutation(100, 0, 0).tolist() != permutation(100, 0, 1).tolist()
 
 
-def test_without_shuffling_the_order_is_the_identity() -> None:
-    assert Order(4, 0, shuffle=False).at(np.arange(6))[1].tolist() == [0, 1, 2, 3, 0, 1]
-
-
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="must divide evenly over 2 processes x 3"):
         batch_positions(0, 0, 0, batch=10, ranks=2, micros=3)

@@ -184,6 +184,7 @@ def test_paired_mode_draws_no_clean_sample(law: str) -> None:
         ({"law": "bag", "clean_fraction": 0.5}, "use law = 'uniform'"),
         ({"crop_scale": (0.5, 0.1)}, "lowest <= highest"),
         ({"crop_scale": (0.5, 1.5)}, "above the whole image"),
+        ({"paired": True, "clean_fraction": 0.5}, "no sample is drawn clean"),
         ({"kinds": (), "paired": True}, "at least one corruption"),
         ({"eval_resize": 100}, "smaller than image_size"),
     ],

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_pictures
 
 import train
+from shards.build import BuildOptions, build
 from tools.runtime import checkpoint
 from tools.runtime.config import differences, parse_command
+from tools.runtime.device import loader_device_id
 from tools.runtime.metrics import MetricsFile, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,8 +153,30 @@ def test_two_processes_validate_the_model_they_save(picture_shards: Path) -> Non
     assert "accuracy 33.33" in output
 
 
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(picture_shards: Path, tmp_path: Path) -> None:
+    """Ctrl-C on a launcher: both finish the same step and save, long before the next log line is due."""
+    arguments = command(
+        picture_shards, tmp_path, "--steps", "400", "--checkpoint-every", "400", "--log-every", "3"
+    )
+    process = start(*TWO_PROCESSES, *arguments)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped after step" in output
+    (saved,) = checkpoint.complete(tmp_path / "checkpoints")
+    assert 3 <= saved.step < 400
+
+
 def run_here(*arguments: str) -> int:
     return train.train(parse_command(train.TrainCommand, [*arguments[1:]]))
+
+
+def test_the_loaders_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate gives a process that is alone "cuda" without a number; the graph must still run on the GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    devices = {"cpu": None, "cuda": 0, "cuda:3": 3}
+    assert {name: loader_device_id(torch.device(name)) for name in devices} == devices
 
 
 def test_a_run_is_not_overwritten(undisturbed: Path, picture_shards: Path) -> None:
@@ -173,6 +198,32 @@ def test_a_checkpoint_of_another_configuration_is_refused(undisturbed: Path, pic
                 "bag",
             )
         )
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    undisturbed: Path, picture_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(undisturbed)
+    assert run_here(*command(picture_shards, undisturbed, "--resume", "auto")) == 0
+    assert "resumed after step 12" in capsys.readouterr().out
+    assert same(weights(undisturbed), before)
+
+
+def test_going_back_to_an_older_checkpoint_needs_another_folder(
+    undisturbed: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    older = str(undisturbed / "checkpoints" / "step_000008")
+    with pytest.raises(ValueError, match=r"holds other checkpoints \(step_000012\)"):
+        run_here(*command(picture_shards, undisturbed, "--resume", older))
+    finish(start(*command(picture_shards, tmp_path / "branch", "--resume", older)))
+    assert same(weights(tmp_path / "branch"), weights(undisturbed))
+
+
+def test_a_checkpoint_of_other_classes_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "source", 90, classes=2)
+    build(BuildOptions(source=tmp_path / "source", out=tmp_path / "set", name="other", workers=1))
+    with pytest.raises(ValueError, match="has other classes than"):
+        run_here(*command(tmp_path / "set", undisturbed, "--resume", "auto"))
 
 
 def test_settings_that_change_nothing_may_differ_on_resume() -> None:
@@ -285,9 +336,10 @@ def test_a_full_disk_does_not_end_the_run(undisturbed: Path, picture_shards: Pat
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
     try:
-        output = finish(start(*command(picture_shards, disk / "run", "--steps", "5")))
+        output = finish(start(*command(picture_shards, disk / "run", "--steps", "5")), code=1)
         assert "checkpoint of step 4 not written" in output
         assert "step 5/5" in output
+        assert "without its last checkpoint" in output
         assert not list((disk / "run" / "checkpoints").iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)

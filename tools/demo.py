@@ -71,6 +71,15 @@ def run(*command: object) -> float:
     return time.perf_counter() - began_s
 
 
+def up_to_date(results: Path, run_folder: Path, images: int | None) -> bool:
+    """Whether the results are of the run's newest checkpoint and of as many images as asked for."""
+    if not results.is_file():
+        return False
+    newest = checkpoint.newest(run_folder).path / checkpoint.RUN_FILE
+    enough = images is None or json.loads(results.read_text())["images"] == images
+    return enough and results.stat().st_mtime > newest.stat().st_mtime
+
+
 def demo(command: DemoCommand) -> None:
     """Run the four steps and print the summary.
 
@@ -102,8 +111,7 @@ def demo(command: DemoCommand) -> None:
         "--out", run_folder, "--resume", "auto", *length,
     )  # fmt: skip
     results_file = run_folder / "evaluation" / "results.json"
-    newest = checkpoint.newest(run_folder)
-    if not results_file.is_file() or json.loads(results_file.read_text())["checkpoint"] != str(newest.path):
+    if not up_to_date(results_file, run_folder, command.images):
         subset = () if command.images is None else ("--images", command.images)
         run("tools/evaluate.py", "--checkpoint", run_folder, "--data", shard_sets["val"], *subset)
     run("tools/report.py", "--run", run_folder)

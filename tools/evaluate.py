@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from pipeline.loader import EvaluationLoader
 from pipeline.order import permutation
 from tools.runtime import checkpoint, scoring
 from tools.runtime.config import RunConfig, validated
+from tools.runtime.device import loader_device_id
 from tools.runtime.optim import autocast_dtype
 from tools.runtime.results import as_json, summarise, table, write_csv
 
@@ -54,7 +55,7 @@ class EvaluateCommand(BaseModel):
     batch: int = Field(64, ge=1)
     """Images per batch and process."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the noise and of the subset; an image gets the same noise at any batch size."""
 
     flavour: Literal["hendrycks", "bethge"] = "hendrycks"
@@ -106,7 +107,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         batch=command.batch,
         rank=state.process_index,
         ranks=state.num_processes,
-        device_id=state.device.index if state.device.type == "cuda" else None,
+        device_id=loader_device_id(state.device),
         sample_id=ids,
         on_damaged="stop" if command.on_damaged == "stop" else "replace",
     )
@@ -132,6 +133,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     finally:
         loader.close()
     counts = reduce(counts.to(state.device), "sum").cpu()
+    damaged = {store.location(i): reason for i, reason in gather_object(list(loader.damaged.items()))}
     elapsed_s = time.perf_counter() - began_s
     results = scoring.cells_from_counts(cells, counts)
     summary = summarise(results)
@@ -147,7 +149,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "images": results[0].images,
         "trained_on": list(config.pipeline.kinds),
         "rate_img_s": int(counts[:, 0].sum()) / elapsed_s,
-        "damaged": {store.location(i): reason for i, reason in loader.damaged.items()},
+        "damaged": damaged,
         **as_json(summary),
     }
     if state.is_main_process:
@@ -156,8 +158,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
         write_csv(out / "cells.csv", found.path.name, results)
         print(table(results, len(store.classes)))
-        if loader.damaged:
-            print(f"left out: {len(loader.damaged)} damaged images, named in {out / 'results.json'}")
+        if damaged:
+            print(f"left out: {len(damaged)} damaged images, named in {out / 'results.json'}")
         print(f"{report['rate_img_s']:.0f} images/s over {len(cells)} cells; written to {out}")
     return report
 

@@ -185,6 +185,11 @@ def page(run: Path, evaluation: Path) -> str:
     if not (evaluation / "results.json").is_file():
         raise FileNotFoundError(f"{evaluation} has no results.json; run tools/evaluate.py first")
     results = json.loads((evaluation / "results.json").read_text())
+    if results["step"] != found.step:
+        raise ValueError(
+            f"{evaluation} has the results of step {results['step']}, but {run} has gone on to step {found.step}; "
+            "run tools/evaluate.py again"
+        )
     records = read_metrics(run / "metrics.jsonl")
     tiles = [_tile(f"{100 * results['clean_top1']:.1f} %", "clean top-1")]
     if results["mean_corruption_error"] is not None:

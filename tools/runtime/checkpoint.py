@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises, by library
+# torch.save reports a full disk as a plain RuntimeError of its zip writer.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def save(
     def attempt(action: Any) -> bool:
         try:
             action()
-        except _WRITE_ERRORS as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if type(error) is RuntimeError and not any(mark in str(error) for mark in _TORCH_WRITER):
+                raise
             log.error("checkpoint of step %d not written to %s: %s", step, folder, error)
             return _everyone(accelerator, False)
         return _everyone(accelerator, True)
@@ -126,7 +129,7 @@ def save(
     written = attempt(prepare) and attempt(lambda: accelerator.save_state(str(partial))) and attempt(publish)
     if main:
         if not written:
-            log.error("the run goes on without it; free some space: %s", _free_space(folder))
+            log.error("%s", _free_space(folder))
             shutil.rmtree(partial, ignore_errors=True)
         else:
             for old in complete(folder)[:-keep]:

@@ -110,7 +110,8 @@ class RunConfig(BaseModel):
         return max(1, -int(-self.epochs * samples // self.pipeline.batch_global))
 
 
-# Settings that may differ between a checkpoint and the run that resumes it: none changes what is computed.
+# Settings that may differ between a checkpoint and the run that resumes it: none changes the samples, their pixels or
+# the optimiser's steps (batch_per_gpu changes what batch normalisation sees at a time, as the number of ranks does).
 FREE_ON_RESUME = frozenset(
     {
         "data",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -38,9 +41,12 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and flush it."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record and flush it; a full disk costs the record, not the run."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            log.error("metrics of step %s not written: %s", record.get("step"), error)
 
     def close(self) -> None:
         """Close the file."""
