@@ -2,8 +2,9 @@
 
     make gpu-check        (or python benchmarks/gpu_check.py)
 
-Writes benchmarks/results/<date>-<gpu>.json. A step that fails is recorded with the end of its output and the
-rest goes on, so that a short lease of a machine is not lost; the exit code is 1 if any step failed. Photographs
+Writes benchmarks/results/<date>-<gpu>.json anew after every step, so that a machine that is taken away leaves what
+was done. A step that fails is recorded with the end of its output and the rest goes on, but there is no benchmark
+after failed tests; the exit code is 1 if any step failed. Photographs
 come from VQSA_DATA (imagenet-sample, or imagenette-112), else from generated pictures, and the result says which.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -26,7 +28,7 @@ import torch
 from benchmarks.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-_STEP_LIMIT_S = 420
+_STEP_LIMIT_S = 300
 
 
 def photographs(work: Path) -> tuple[Path, str]:
@@ -53,24 +55,26 @@ def run(name: str, command: list[str], steps: dict[str, Any], result: Path | Non
     """Run one step and record its outcome, its time and the JSON it wrote."""
     print(f"== {name}: {' '.join(command)}", flush=True)
     began_s = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    try:
-        output, _ = process.communicate(timeout=_STEP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output = process.communicate()[0] + f"\nstopped after {_STEP_LIMIT_S} s"
+    # Into a file and as a process group of its own: what a step started may outlive it and would hold a pipe open.
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=_STEP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        output = log.read()
+    seconds = round(time.monotonic() - began_s, 1)
     print(output[-6000:], flush=True)
-    record: dict[str, Any] = {
-        "command": " ".join(command),
-        "ok": process.returncode == 0,
-        "seconds": round(time.monotonic() - began_s, 1),
-    }
+    record: dict[str, Any] = {"command": " ".join(command), "ok": process.returncode == 0, "seconds": seconds}
     if result is not None and result.is_file():
         record["result"] = json.loads(result.read_text())
     if process.returncode:
-        record["output_end"] = output[-4000:]
+        stopped = f"\nstopped after {_STEP_LIMIT_S} s" if process.returncode == -signal.SIGKILL else ""
+        record["output_end"] = output[-4000:] + stopped
     else:
         record["last_line"] = output.strip().rsplit("\n", 1)[-1]
     steps[name] = record
@@ -82,73 +86,66 @@ def main() -> None:
         sys.exit(
             "gpu-check needs a CUDA device and torch sees none; run it on a machine with a GPU and its driver"
         )
-    python = sys.executable
     steps: dict[str, Any] = {}
+    surroundings = environment()
+    gpu = re.sub(r"[^a-z0-9]+", "-", surroundings["gpu"].lower()).strip("-")
+    out = ROOT / "benchmarks" / "results" / f"{surroundings['date']}-{gpu}.json"
+    out.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         source, what = photographs(work)
-        shard_set = work / "shards"
-        run(
-            "build shards",
-            [
-                python,
-                "tools/build_shards.py",
-                "--source",
-                str(source),
-                "--out",
-                str(shard_set),
-                "--name",
-                "bench",
-            ],
-            steps,
-        )
-        run("gpu tests", [python, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "tests"], steps)
-        threads = str(os.cpu_count() or 2)
-        benchmarks = {
-            "corruptions": ["benchmarks/corruptions.py"],
-            "loader": [
-                "benchmarks/loader.py", "--source", str(source), "--batch", "256", "--threads", threads,
-                "--peer-batches", "0",
-            ],
-            "training": ["benchmarks/training.py", "--data", str(shard_set), "--threads", threads],
-        }  # fmt: skip
-        for name, command in benchmarks.items():
-            result = work / f"{name}.json"
-            run(f"benchmark {name}", [python, *command, "--out", str(result)], steps, result)
-        sanitizer = shutil.which("compute-sanitizer")
-        for tool in ("memcheck", "racecheck"):
-            if sanitizer is None:
-                steps[f"compute-sanitizer {tool}"] = {
-                    "ok": False,
-                    "output_end": "compute-sanitizer is not installed",
-                }
-                continue
-            tests = [
-                python,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "-m",
-                "gpu",
-                "--require-gpu",
-                "tests",
-                "-k",
-                "corruptions",
-            ]
-            run(
-                f"compute-sanitizer {tool}",
-                [sanitizer, "--tool", tool, "--error-exitcode", "1", *tests],
-                steps,
-            )
-    record = {**environment(), "photographs": what, "steps": steps}
-    gpu = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower()).strip("-")
-    out = ROOT / "benchmarks" / "results" / f"{record['date']}-{gpu}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+        for name, command in commands(work, source):
+            if name.startswith("benchmark") and not steps["gpu tests"]["ok"]:
+                steps[name] = {"ok": False, "output_end": "not run: the gpu tests failed"}
+            elif shutil.which(command[0]) is None:
+                steps[name] = {"ok": False, "output_end": f"not run: {command[0]} is not installed"}
+            else:
+                run(name, command, steps, work / f"{name.split()[-1]}.json")
+            record = {**surroundings, "photographs": what, "steps": steps}
+            out.write_text(json.dumps(record, indent=1) + "\n")
     failed = [name for name, step in steps.items() if not step["ok"]]
     print(f"written: {out}" + (f"; FAILED: {', '.join(failed)}" if failed else "; all steps passed"))
     sys.exit(bool(failed))
+
+
+def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
+    """Return the steps in order: name and command; a benchmark writes its JSON to `work`/<last word>.json."""
+    python, threads, shard_set = sys.executable, str(os.cpu_count() or 2), str(work / "shards")
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "tests"]
+
+    def benchmark(name: str, *arguments: str) -> tuple[str, list[str]]:
+        script = f"benchmarks/{name}.py"
+        return f"benchmark {name}", [python, script, *arguments, "--out", str(work / f"{name}.json")]
+
+    return [
+        (
+            "build shards",
+            [python, "tools/build_shards.py", "--source", str(source), "--out", shard_set, "--name", "bench"],
+        ),
+        ("gpu tests", tests),
+        benchmark("corruptions", "--no-tests"),
+        benchmark(
+            "loader", "--source", str(source), "--batch", "256", "--threads", threads, "--peer-batches", "0"
+        ),
+        benchmark("training", "--data", shard_set, "--threads", threads),
+        *(
+            (
+                f"compute-sanitizer {tool}",
+                [
+                    "compute-sanitizer",
+                    "--tool",
+                    tool,
+                    "--error-exitcode",
+                    "1",
+                    *tests,
+                    "-x",
+                    "-k",
+                    "corruptions",
+                ],
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+    ]
 
 
 if __name__ == "__main__":

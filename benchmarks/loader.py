@@ -13,15 +13,19 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
+from torchvision import transforms
 
 import shards
+from benchmarks.corruptions import reference
 from benchmarks.environment import environment, percentiles
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import TRAINING_KINDS, available_kinds
@@ -93,8 +97,6 @@ class _AuthorsDataset(torch.utils.data.Dataset[Any]):
     """Decode, crop, flip, one of 16 x 5 corruptions, normalise: per image, in numpy and PIL."""
 
     def __init__(self, source: Path) -> None:
-        from torchvision import transforms
-
         self.files = sorted(p for p in source.glob("*/*") if p.is_file())
         self.crop = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()])
         self.finish = transforms.Compose(
@@ -105,31 +107,24 @@ class _AuthorsDataset(torch.utils.data.Dataset[Any]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        import numpy as np
-        from PIL import Image
-        from tests.reference import imagecorruptions
-
-        rng = np.random.default_rng()
+        rng = np.random.default_rng(index)
         image = np.asarray(self.crop(Image.open(self.files[index]).convert("RGB")))
         kind = int(rng.integers(len(TRAINING_KINDS) + 1))
         if kind < len(TRAINING_KINDS):
-            corrupt = imagecorruptions().corrupt
-            image = corrupt(image, severity=int(rng.integers(1, 6)), corruption_name=TRAINING_KINDS[kind])
+            function = getattr(reference(), TRAINING_KINDS[kind])
+            image = np.uint8(function(Image.fromarray(image), severity=int(rng.integers(1, 6))))
         return self.finish(Image.fromarray(image))
 
 
 def _peer_row(command: LoaderBenchmark) -> dict[str, Any]:
+    """One whole pass over a few batches: only workers that have ended count in the process's CPU time."""
+    images = command.peer_batches * command.batch
+    dataset = _AuthorsDataset(command.source)
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images].tolist()
     loader = torch.utils.data.DataLoader(
-        _AuthorsDataset(command.source), batch_size=command.batch, shuffle=True, num_workers=command.threads
+        torch.utils.data.Subset(dataset, chosen), batch_size=command.batch, num_workers=command.threads
     )
-
-    def batches() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    # Workers count as children only once they end, so one measurement is one whole pass of a few batches.
-    stream = batches()
-    return _measure(lambda: len(next(stream)), command.peer_batches, 1)
+    return _measure(lambda: sum(len(batch) for batch in loader), 1, 1)
 
 
 def main() -> None:

@@ -1,16 +1,21 @@
-"""What differs on a GPU: the loader's pixels, evaluation, a training step. Run by `make gpu-check`."""
+"""What differs on a GPU: the loader's pixels, damage, lifetimes, evaluation, training. Run by `make gpu-check`."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import shards
+import train
 from pipeline.config import PipelineConfig
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.normalise import denormalise
+from tools.runtime.config import parse_command
+from tools.runtime.metrics import read_metrics
 
 pytestmark = pytest.mark.gpu
 KINDS = ("gaussian_noise", "shot_noise", "brightness", "contrast")
@@ -73,3 +78,66 @@ def test_evaluation_sees_every_sample_once(store: shards.Store) -> None:
     seen = [i for batch in loader for i in batch.sample_id.tolist() if batch.images_u8.is_cuda]
     loader.close()
     assert sorted(seen) == list(range(len(store)))
+
+
+def test_paired_views_share_a_crop(store: shards.Store) -> None:
+    loader = TrainingLoader(store, settings(paired=True), seed=3, device_id=0)
+    batch = next(loader)
+    loader.close()
+    assert batch.clean_images is not None
+    assert batch.clean_images.is_cuda
+    assert not torch.equal(batch.images, batch.clean_images)
+
+
+def test_batches_outlive_the_work_queued_on_them(store: shards.Store) -> None:
+    """Sums queued behind slow kernels, while the loader goes on, are those of the batches themselves."""
+    config = settings(batch_global=32)
+    want = [image.double().sum().item() for image in pixels(store, config, 6).values()]
+    loader = TrainingLoader(store, config, seed=3, device_id=0)
+    slow = torch.randn(4096, 4096, device="cuda")
+    got = []
+    for _ in range(6):
+        batch = next(loader)
+        for _ in range(20):
+            slow = slow @ slow
+            slow /= slow.abs().max()
+        got.append(batch.images.double().sum(dim=(1, 2, 3)))
+        del batch
+    loader.close()
+    torch.testing.assert_close(torch.cat(got).cpu(), torch.tensor(want, dtype=torch.float64))
+
+
+def test_damaged_records_are_replaced(picture_shards: Path, tmp_path: Path) -> None:
+    """A record cut off in the middle: named, and every other sample as before."""
+    shutil.copytree(picture_shards, tmp_path / "set")
+    store = shards.open(tmp_path / "set")
+    config = settings(batch_global=32, kinds=())
+    want = pixels(store, config, 2)
+    loader = TrainingLoader(store, config, seed=3, device_id=0)
+    bad = int(next(loader).sample_id[5])
+    loader.close()
+    half = int(store.length[bad]) // 2
+    with (store.path / store.location(bad).split(",")[0]).open("r+b") as file:
+        file.seek(int(store._offset[bad]) + half)
+        file.write(b"\0" * (int(store.length[bad]) - half))
+    loader = TrainingLoader(store, config, seed=3, device_id=0)
+    for _ in range(2):
+        batch = next(loader)
+        rows = zip(batch.position.tolist(), batch.sample_id.tolist(), batch.images.cpu(), strict=True)
+        for position, sample, image in rows:
+            assert torch.equal(image, want[position]) == (sample != bad)
+    assert list(loader.damaged) == [bad]
+    loader.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_runs_and_resumes(picture_shards: Path, tmp_path: Path, precision: str) -> None:
+    """The training command on the GPU, alone: the loader's graph must be the GPU's."""
+    recipe = Path(__file__).parent / "tiny.toml"
+    arguments = ["--recipe", str(recipe), "--data", str(picture_shards), "--val", str(picture_shards)]
+    arguments += ["--out", str(tmp_path / "run"), "--precision", precision, "--resume", "auto"]
+    assert train.train(parse_command(train.TrainCommand, arguments)) == 0
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert len(losses) == 12
+    assert all(map(math.isfinite, losses))
+    assert train.train(parse_command(train.TrainCommand, arguments)) == 0
