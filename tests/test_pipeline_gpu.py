@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import shards
 import train
@@ -136,6 +137,7 @@ def test_training_runs_and_resumes(picture_shards: Path, tmp_path: Path, precisi
     recipe = Path(__file__).parent / "tiny.toml"
     arguments = ["--recipe", str(recipe), "--data", str(picture_shards), "--val", str(picture_shards)]
     arguments += ["--out", str(tmp_path / "run"), "--precision", precision, "--resume", "auto"]
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process, it says otherwise
     assert train.train(parse_command(train.TrainCommand, arguments)) == 0
     losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert len(losses) == 12
