@@ -237,7 +237,7 @@ def train(command: TrainCommand) -> int:
     say(
         f"{store.name}: {len(store)} images, {len(store.classes)} classes; {config.model.trunk}, {parameters:,} "
         f"parameters; {total} steps of {config.pipeline.batch_global} on {accelerator.num_processes} process(es), "
-        f"{accelerator.device.type}, {config.precision}"
+        f"{accelerator.device.type}, {config.precision}; code {checkpoint.code_version()}"
     )
     if command.dry_run:
         for name, value in flatten(config.model_dump(mode="json")).items():

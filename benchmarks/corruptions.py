@@ -14,15 +14,10 @@ The parity tests run first; on red there is no number.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.util
 import json
-import platform
 import subprocess
 import sys
 import time
-import types
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from pipeline.corruptions import (  # noqa: E402
+from benchmarks.environment import environment
+from benchmarks.reference import reference
+from pipeline.corruptions import (
     HELD_OUT_KINDS,
     KINDS,
     TRAINING_KINDS,
@@ -44,6 +38,7 @@ from pipeline.corruptions import (  # noqa: E402
     frost,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 SIDE = 224
 
 
@@ -62,36 +57,6 @@ def photographs(folder: Path | None, count: int) -> torch.Tensor:
         ]
     arrays = [np.asarray(p.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for p in pictures]
     return torch.from_numpy(np.stack([arrays[i % len(arrays)] for i in range(count)]))
-
-
-def reference() -> Any | None:
-    """Return imagecorruptions.corruptions on current libraries, or None where it is not installed."""
-    if importlib.util.find_spec("imagecorruptions") is None:
-        return None
-    shim = types.ModuleType("pkg_resources")
-
-    def resource_filename(package: str, path: str) -> str:
-        spec = importlib.util.find_spec(package.split(".")[0])
-        assert spec is not None
-        return str(Path(next(iter(spec.submodule_search_locations or ()))) / path)
-
-    shim.resource_filename = resource_filename  # type: ignore[attr-defined]
-    sys.modules.setdefault("pkg_resources", shim)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import cv2
-        import imagecorruptions.corruptions as module
-        from skimage.filters import gaussian
-
-    cv2.setNumThreads(1)
-
-    def gaussian_today(image: Any, *args: Any, multichannel: bool = False, **kwargs: Any) -> Any:
-        return gaussian(image, *args, channel_axis=-1 if multichannel else None, **kwargs)
-
-    module.gaussian = gaussian_today
-    if not hasattr(np, "float_"):
-        np.float_ = np.float64  # type: ignore[attr-defined]  # noqa: NPY201
-    return module
 
 
 def cpu_ms(work: Callable[[], object], images: int, least_s: float = 0.05, repeats: int = 3) -> float:
@@ -254,15 +219,7 @@ def main() -> None:
         if done.returncode != 0:
             sys.exit("the corruption tests fail: no numbers on red")
     images = photographs(options.photos, options.count)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "shape": [SIDE, SIDE, 3],
-    }
+    result: dict[str, Any] = {**environment(), "shape": [SIDE, SIDE, 3]}
     if not options.no_cpu:
         result["cpu"] = measure_cpu(images, options.glass_numba_ms, not options.no_reference)
         print(json.dumps(result["cpu"]["summary"], indent=1))

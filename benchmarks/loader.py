@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torchvision import transforms
 
 import shards
-from benchmarks.corruptions import reference
 from benchmarks.environment import environment, percentiles
+from benchmarks.reference import reference
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import TRAINING_KINDS, available_kinds
 from pipeline.loader import TrainingLoader

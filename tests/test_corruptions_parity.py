@@ -4,16 +4,12 @@ The reference draws from NumPy's global generator. Each helper below seeds it, r
 the reference's order, and hands them to our apply.
 """
 
-# ruff: noqa: NPY002, NPY201 - the reference draws from NumPy's global generator and needs np.float_
+# ruff: noqa: NPY002 - the reference draws from NumPy's global generator and needs np.float_
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.reference import reference as imagecorruptions
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS, apply, available_kinds, draw, frost
 from pipeline.corruptions.fields import noise_parts
 
@@ -44,39 +41,14 @@ PHOTOS = int(os.environ.get("VQSA_PARITY_PHOTOS", "6"))
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[Any]:
+def reference() -> Any:
     """imagecorruptions.corruptions, made to run on current libraries without changing the package."""
     pytest.importorskip("cv2")
     pytest.importorskip("skimage")
-    if importlib.util.find_spec("imagecorruptions") is None:
-        pytest.skip("imagecorruptions is not installed: pip install imagecorruptions==1.1.2 --no-deps")
-    shim = types.ModuleType("pkg_resources")
-
-    def resource_filename(package: str, path: str) -> str:
-        spec = importlib.util.find_spec(package.split(".")[0])
-        assert spec is not None
-        assert spec.submodule_search_locations
-        return str(Path(spec.submodule_search_locations[0]) / path)
-
-    shim.resource_filename = resource_filename  # type: ignore[attr-defined]
-    before = sys.modules.get("pkg_resources")
-    sys.modules["pkg_resources"] = shim
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = importlib.import_module("imagecorruptions.corruptions")
-    from skimage.filters import gaussian
-
-    def gaussian_today(image: Any, *args: Any, multichannel: bool = False, **kwargs: Any) -> Any:
-        return gaussian(image, *args, channel_axis=-1 if multichannel else None, **kwargs)
-
-    module.gaussian = gaussian_today
-    if not hasattr(np, "float_"):
-        np.float_ = np.float64  # type: ignore[attr-defined]
-    yield module
-    if before is None:
-        del sys.modules["pkg_resources"]
-    else:
-        sys.modules["pkg_resources"] = before
+    module = imagecorruptions()
+    if module is None:
+        pytest.skip("imagecorruptions is not installed: pip install --no-deps imagecorruptions==1.1.2")
+    return module
 
 
 @pytest.fixture(scope="module")

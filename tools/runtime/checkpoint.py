@@ -8,6 +8,7 @@ files do not match it is damaged.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -46,8 +47,12 @@ class Checkpoint:
         return state
 
 
+@functools.cache
 def code_version() -> str:
-    """Return the git commit of the code, with "+dirty" if it was changed since; "unknown" outside git."""
+    """Return the git commit of the code, with "+dirty" if it was changed since; "unknown" outside git.
+
+    Of the first call: ask when the process starts, since the files may change while it runs.
+    """
     root = Path(__file__).resolve().parents[2]
     try:
         command = [
