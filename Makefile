@@ -21,7 +21,8 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find shards/csrc pipeline/corruptions/csrc -type f 2>/dev/null)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	  { echo "vqsa needs Python 3.11 to 3.13, found $$($(PYTHON) --version); say make PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu say apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt $(BUILD_NEEDS)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
