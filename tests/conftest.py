@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -82,3 +84,38 @@ def picture_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(source, 90)
     build(BuildOptions(source=source, out=out, name="pictures", samples_per_shard=40, workers=1))
     return out
+
+
+# `accelerate launch --cpu` starts one process whatever number is asked for; on a CPU, gloo processes come from
+# its multi-device launcher together with ACCELERATE_USE_CPU, which `environment` sets.
+TWO_PROCESSES = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
+TWO_PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import data_root
+from conftest import TWO_PROCESSES, data_root, finish, start
 from torch import Tensor, nn
 
 import model
@@ -208,6 +208,27 @@ def test_the_command_writes_what_it_prints(
     assert len(rows) == 11
     again = [Cell(r["corruption"], int(r["severity"]), float(r["top1"]), float(r["top5"]), 40) for r in rows]
     assert summarise(again).mce_pct == pytest.approx(report["mce"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(
+    run_folder: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    one = evaluate(EvaluateCommand(checkpoint=run_folder, data=picture_shards, kinds=KINDS, batch=16))
+    command = [
+        "tools/evaluate.py",
+        "--checkpoint",
+        str(run_folder),
+        "--data",
+        str(picture_shards),
+        "--batch",
+        "7",
+    ]
+    output = finish(start(*TWO_PROCESSES, *command, "--kinds", *KINDS, "--out", str(tmp_path)))
+    two = json.loads((tmp_path / "results.json").read_text())
+    assert output.count("mCE over 2 of 15 kinds") == 1  # one of the two speaks
+    for name in ("images", "clean_top1", "mce", "top1_per_corruption"):
+        assert two[name] == pytest.approx(one[name]), name
 
 
 def test_the_report_is_one_file_with_its_pictures(run_folder: Path, picture_shards: Path) -> None:

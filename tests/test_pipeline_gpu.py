@@ -132,13 +132,16 @@ def test_damaged_records_are_replaced(picture_shards: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_training_runs_and_resumes(picture_shards: Path, tmp_path: Path, precision: str) -> None:
+def test_training_runs_and_resumes(
+    picture_shards: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The training command on the GPU, alone: the loader's graph must be the GPU's."""
     recipe = Path(__file__).parent / "tiny.toml"
     arguments = ["--recipe", str(recipe), "--data", str(picture_shards), "--val", str(picture_shards)]
     arguments += ["--out", str(tmp_path / "run"), "--precision", precision, "--resume", "auto"]
     AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process, it says otherwise
     assert train.train(parse_command(train.TrainCommand, arguments)) == 0
+    assert f"cuda, {precision}" in capsys.readouterr().out
     losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert len(losses) == 12
     assert all(map(math.isfinite, losses))

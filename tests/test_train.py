@@ -7,13 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import TWO_PROCESSES, finish, start, write_pictures
 
 import train
 from shards.build import BuildOptions, build
@@ -24,43 +23,10 @@ from tools.runtime.metrics import MetricsFile, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
-# `accelerate launch --cpu` starts one process whatever number is asked for; on a CPU, gloo processes come from
-# its multi-device launcher together with ACCELERATE_USE_CPU, which `environment` sets.
-TWO_PROCESSES = [
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-]
-TWO_PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def command(shards: Path, out: Path, *more: str) -> list[str]:
     return ["train.py", "--recipe", str(TINY), "--data", str(shards), "--out", str(out), *more]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
-    return output
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:

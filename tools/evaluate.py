@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
@@ -78,7 +78,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         FileNotFoundError: no checkpoint or no shards there.
         ValueError: classes of data and checkpoint differ, unknown kind, more images asked for than there are.
     """
-    state = PartialState()
+    state = Accelerator()  # unlike PartialState, it also joins several processes on a CPU
     found = checkpoint.newest(command.checkpoint)
     config = validated(RunConfig, found.config, str(found.path))
     store = shards.open(command.data)
