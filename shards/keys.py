@@ -42,19 +42,19 @@ def sample_key(class_name: str, path: str) -> str:
     return f"{head}-{digest}"
 
 
-def unique_keys(images: Iterable[tuple[str, str]]) -> list[str]:
-    """Keys of (class name, path in class) pairs; the second of equal keys gets `-2`, and so on.
+def unique_keys(wanted: Iterable[str]) -> list[str]:
+    """Tell equal keys apart: the second one gets `-2`, and so on.
 
     Which one is the second follows from the order given alone, so sort first.
     """
     taken: set[str] = set()
     last: dict[str, int] = {}
     keys = []
-    for class_name, path in images:
-        key = wanted = sample_key(class_name, path)
+    for first in wanted:
+        key = first
         while key in taken:
-            last[wanted] = last.get(wanted, 1) + 1
-            key = f"{wanted}-{last[wanted]}"
+            last[first] = last.get(first, 1) + 1
+            key = f"{first}-{last[first]}"
         taken.add(key)
         keys.append(key)
     return keys

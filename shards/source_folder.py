@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-# What counts as an image by its name. Formats that shards cannot hold are listed too, so that they are
-# named as faults instead of being passed over.
-_READABLE = {".jpg", ".jpeg", ".jpe", ".jfif", ".png"}
-_OTHERS = {".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif", ".heic", ".jp2"}
+from shards.keys import sample_key
+from shards.source import IMAGE_EXTENSIONS, Listing, Sample
 
 
-@dataclass(frozen=True, slots=True)
-class SourceImage:
-    """One image file."""
-
-    path: str
-    """Below the source folder, with `/`: `n01440764/n01440764_18.JPEG`."""
-    label: int
-    size: int
-    """Bytes; 0 where the file cannot be looked at, which reading it will explain."""
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class SourceFolder:
-    """What a source folder holds."""
-
-    classes: list[str]
-    """Sorted names of the class folders."""
-    images: list[SourceImage]
-    """Sorted by class, then by path."""
-    ignored: int
-    """Files whose names are not those of images."""
-
-
-def list_image_folder(root: Path) -> SourceFolder:
-    """List a source folder.
+def list_image_folder(root: Path) -> Listing:
+    """List a source folder: classes are the sorted folder names, samples sorted by class, then by path.
 
     Folders inside a class folder are walked too; names beginning with a dot are passed over.
 
@@ -62,25 +35,27 @@ def list_image_folder(root: Path) -> SourceFolder:
     for name in classes:
         if not name.isprintable():
             raise ValueError(f"{root}: class folder {name!r} has a name that cannot be printed; rename it")
-    images: list[SourceImage] = []
+    samples: list[Sample] = []
     ignored = len(loose)
     for label, name in enumerate(classes):
-        before = len(images)
+        before = len(samples)
         for path, entry in sorted(_files(os.path.join(root, name), name, ()), key=lambda found: found[0]):
-            if os.path.splitext(path)[1].lower() not in _READABLE | _OTHERS:
+            if os.path.splitext(path)[1].lower() not in IMAGE_EXTENSIONS:
                 ignored += 1
                 continue
             try:
                 info = entry.stat()
-                images.append(SourceImage(path, label, info.st_size, info.st_mtime_ns))
+                size, stamp = info.st_size, info.st_mtime_ns
             except OSError:  # a broken link: reading it names the reason
-                images.append(SourceImage(path, label, 0, 0))
-        if len(images) == before:
+                size = stamp = 0
+            key = sample_key(name, path.partition("/")[2])
+            samples.append(Sample(path, key, label, path, None, size, stamp))
+        if len(samples) == before:
             raise ValueError(
                 f"{os.path.join(root, name)}: a class folder without images; every folder in --source is "
                 "a class: remove this one, or put its images there"
             )
-    return SourceFolder(classes, images, ignored)
+    return Listing(root.absolute(), classes, samples, ignored)
 
 
 def _files(

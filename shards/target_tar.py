@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -13,7 +14,8 @@ from typing import BinaryIO
 import xxhash
 from webdataset import TarWriter
 
-from shards.manifest import ShardFile, sync_folder, write_file
+from shards.manifest import ShardFile, Table, sync_folder, write_file
+from shards.target import Record
 
 _BLOCK = 512
 
@@ -62,9 +64,11 @@ class TarShardWriter:
         self._tar.tarstream.format = tarfile.USTAR_FORMAT
         self._index: list[str] = []
 
-    def add(self, key: str, extension: str, data: bytes, label: int) -> int:
+    def add(self, record: Record) -> int:
         """Append one sample; returns the offset of the image's bytes in the tar."""
-        text = str(label).encode()
+        key, data = record.key, record.data
+        extension = "png" if record.format == "png" else "jpg"
+        text = str(record.label).encode()
         begin: int = self._tar.tarstream.offset
         # Members of a sample are written in the order of their extensions: cls comes first.
         self._tar.write({"__key__": key, "cls": text, extension: data})
@@ -106,3 +110,19 @@ class TarShardWriter:
             # Closing flushes, which fails again on a full disk; the first error already tells.
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+class TarTarget:
+    """WebDataset tars; see `shards.target.Target`."""
+
+    suffix = ".tar"
+    beside: tuple[str, ...] = (".idx",)
+    joined = False
+
+    def writer(self, path: Path, temporary: Path, most_records: int) -> TarShardWriter:
+        return TarShardWriter(path, temporary)
+
+    def join(
+        self, path: Path, temporary: Path, pieces: Sequence[Path], table: Table
+    ) -> tuple[ShardFile, Table]:
+        raise NotImplementedError("joined is False: a tar set is never one file")

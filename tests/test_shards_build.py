@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import shards
-from shards import target_tar
+from shards import claim, target_tar
 from shards.build import BuildOptions, BuildReport, build
 from shards.keys import sample_key, unique_keys
+from shards.target import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -500,7 +501,7 @@ def test_a_truly_full_file_system(tmp_path: Path) -> None:
 
     def write_one() -> None:
         with target_tar.TarShardWriter(tmp_path / "a.tar", tmp_path / "temporary") as writer:
-            writer.add("key", "jpg", GOOD * 1000, 0)
+            writer.add(Record("key", "jpeg", GOOD * 1000, 0, 90, 70))
             writer.finish()
 
     with pytest.raises(OSError, match="No space left"):
@@ -588,7 +589,7 @@ def test_workers_of_a_killed_builder_are_waited_for(
     work.mkdir(parents=True)
     fd = os.open(work / "workers", os.O_RDWR | os.O_CREAT)
     fcntl.flock(fd, fcntl.LOCK_SH)
-    monkeypatch.setattr(shards.build, "_ORPHAN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(claim, "_ORPHAN_TIMEOUT_S", 0.05)
     with pytest.raises(ValueError, match="worker processes of an earlier builder are still writing"):
         run(source, tmp_path / "out")
     os.close(fd)
@@ -662,7 +663,7 @@ def test_keys(class_name: str, path: str, key: str) -> None:
 def test_equal_keys_are_told_apart_in_order() -> None:
     names = ["a.jpg", "a.png", "a-2.jpg", "a.webp", "a b.jpg", "a_b.jpg"]
     keys = ["c_a", "c_a-2", "c_a-2-2", "c_a-3", "c_a_b", "c_a_b-2"]
-    assert unique_keys(("c", name) for name in names) == keys
+    assert unique_keys(sample_key("c", name) for name in names) == keys
 
 
 NAMES = st.text(

@@ -1,0 +1,84 @@
+"""What a build is asked for, and what it reports."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from shards.manifest import FileName
+
+_SAMPLES_PER_SHARD = 1000
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class BuildOptions:
+    """What to build, from what, and how."""
+
+    source: Path
+    """Folder with one folder of images per class: SOURCE/<class>/<image>."""
+    out: Path
+    """Folder for the shard set; made where it is not there."""
+    name: FileName
+    """Name of the set; its shards are <name>-000000.tar and so on."""
+    target: Literal["tar"] = "tar"
+    """Kind of the shards: WebDataset tars."""
+    samples_per_shard: Annotated[int, Field(ge=1)] | None = None
+    """Images in a shard; 1000 where neither this nor --bytes-per-shard is given."""
+    bytes_per_shard: Annotated[int, Field(ge=1)] | None = None
+    """Close a shard before its images exceed this many bytes."""
+    workers: Annotated[int, Field(ge=1)] = os.cpu_count() or 1
+    """Processes that read, check and write; the result does not depend on it."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a damaged image: stop and name it, or leave it out and list it in rejected.csv."""
+    validate: Literal["scan", "decode"] = "scan"
+    """Check of each image: its structure, or a full decode as well (many times slower)."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    """Shuffle all images before they are put into shards; sorted by class and name without it."""
+    only: Annotated[int, Field(ge=0)] | None = None
+    """Write this one shard (its number) of a finished set again, for example after its file was damaged."""
+    dry_run: bool = False
+    """Only say what would be built."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard is not None and self.bytes_per_shard is not None:
+            raise ValueError("both samples_per_shard and bytes_per_shard are given; give one of them")
+        out, source = self.out.resolve(), self.source.resolve()
+        if out == source or source in out.parents:
+            raise ValueError(f"--out {self.out} lies in --source {self.source}, where it would be a class")
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the bytes of the result, for the manifest."""
+        samples = self.samples_per_shard
+        if samples is None and self.bytes_per_shard is None:
+            samples = _SAMPLES_PER_SHARD
+        return {
+            "samples_per_shard": samples,
+            "bytes_per_shard": self.bytes_per_shard,
+            "validate": self.validate,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did."""
+
+    samples: int
+    """In the set; in a dry run, in the source."""
+    classes: int
+    shards: int
+    reused_shards: int
+    """Of `shards`, those that an earlier run had finished."""
+    image_bytes: int
+    """In the source."""
+    ignored: int
+    """Files in the source whose names are not those of images."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Oddities: `grey`, `cmyk`, `png`, `misnamed` (PNG named .JPEG or the like), `rotated`, `rejected`."""
+    built: bool = True
+    """False in a dry run and where the finished set was already there."""

@@ -1,0 +1,83 @@
+"""What every kind of shard file is to the builder: a writer of records, and how its files are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol
+
+from shards.manifest import ShardFile, Table
+
+
+def joined_mark(piece: Path) -> Path:
+    """The file that says that a piece is already in the one file and needs not be there itself."""
+    return piece.with_name(f"{piece.name}.joined")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One encoded image on its way into a shard."""
+
+    key: str
+    format: Literal["jpeg", "png"]
+    data: bytes
+    label: int
+    width: int
+    """Pixels as stored, before EXIF orientation."""
+    height: int
+
+
+class ShardWriter(Protocol):
+    """Writes the records of one shard, used as a context.
+
+    Nothing has the final name before `finish`, and when an exception passes through, what was written
+    is removed. The same records give the same bytes.
+    """
+
+    def add(self, record: Record) -> int:
+        """Append a record; returns the offset of its image's bytes in the file."""
+
+    def finish(self) -> ShardFile:
+        """Make the file, and those beside it, durable under their final names, the file itself last."""
+
+    def __enter__(self) -> ShardWriter: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Target(Protocol):
+    """A kind of shard file."""
+
+    suffix: str
+    """Of a shard's name: `.tar`."""
+    beside: tuple[str, ...]
+    """Suffixes of the files that lie beside each shard and belong to it: `.idx`."""
+    joined: bool
+    """Whether a set without a bound on its shards is one file, which `join` makes of the plan's shards."""
+
+    def writer(self, path: Path, temporary: Path, most_records: int) -> ShardWriter:
+        """Begin a shard.
+
+        Args:
+            path: final path.
+            temporary: where it is written until then, on the same file system.
+            most_records: as planned; fewer come where damaged ones are left out.
+        """
+
+    def join(
+        self, path: Path, temporary: Path, pieces: Sequence[Path], table: Table
+    ) -> tuple[ShardFile, Table]:
+        """Make one file of finished shards, durable under its final name, and give its rows.
+
+        Args:
+            path: final path.
+            temporary: where it is written until then, on the same file system. It survives an interrupted
+                run: what the pieces marked as joined (below) gave is in it, and is kept.
+            pieces: files that `writer` made, in their order. One that is durably in `temporary` may be
+                removed, after the empty file `joined_mark(piece)` was made durable beside it.
+            table: the rows of all pieces, `shard` counting the pieces and `offset` from each one's begin.
+        """
