@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,8 @@ class TrainingLoader:
         self._seed = seed
         self._origin = 0  # stream position where batch 0 of the current numbering starts
         self._handed = 0  # micro-batches handed to the caller since the origin
+        self.waited_s = 0.0
+        """Seconds the caller has spent waiting in `next` so far."""
         self._stream = Stream(
             store,
             config,
@@ -128,7 +131,9 @@ class TrainingLoader:
         return self
 
     def __next__(self) -> TrainingBatch:
+        began_s = time.perf_counter()
         read, outputs = self._stream.next()
+        self.waited_s += time.perf_counter() - began_s
         plan = read.plan
         labels_B = torch.from_numpy(np.asarray(self._store.label[plan.sample_B], np.int64))
         self._handed = read.number + 1
@@ -184,6 +189,15 @@ class TrainingLoader:
         self._origin = int(state["position"])
         self._handed = int(state["micro"])
         self._stream.seek(self._handed)
+
+    def seek(self, step: int) -> None:
+        """Make global batch number `step` (from 0) of the whole stream the next one."""
+        self._origin, self._handed = step * self._config.batch_global, 0
+        self._stream.seek(0)
+
+    def reading(self) -> str:
+        """Say what is being read now, for a message about a stuck source."""
+        return self._stream.reading()
 
     def close(self) -> None:
         """Stop all threads of the loader."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +162,29 @@ def test_resuming_with_another_batch_size_continues_the_sequence(
     got = by_position([next(loader), next(loader)])
     loader.close()
     assert got == {position: expected[position] for position in range(24, 44)}
+
+
+def test_the_wait_for_data_is_counted(store: shards.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = TrainingLoader(store, settings(read_ahead=1), seed=3)
+    fetch = store.fetch
+    slow = {"s": 0.0}
+
+    def fetch_slowly(*arguments: Any, **named: Any) -> Any:
+        time.sleep(slow["s"])
+        return fetch(*arguments, **named)
+
+    monkeypatch.setattr(store, "fetch", fetch_slowly)
+    next(loader)
+    assert loader.waited_s > 0
+    slow["s"] = 0.15
+    for _ in range(4):  # the batches that were already on their way
+        next(loader)
+    before_s, began_s = loader.waited_s, time.perf_counter()
+    for _ in range(3):
+        next(loader)
+    waited_s, passed_s = loader.waited_s - before_s, time.perf_counter() - began_s
+    loader.close()
+    assert 0.3 < waited_s <= passed_s
 
 
 def test_a_foreign_state_is_refused(store: shards.Store) -> None:
