@@ -4,7 +4,8 @@ store = shards.open("/data/imagenet-train")
 store.read(17), store.label[17], store.key(17)
 """
 
+from shards.opening import open
 from shards.scan import FAULTS, Scan, scan
-from shards.store import Records, Store, open
+from shards.store import Records, Store
 
 __all__ = ["FAULTS", "Records", "Scan", "Store", "open", "scan"]

@@ -17,6 +17,8 @@ import numpy.typing as npt
 from shards.manifest import ShardFile
 from shards.native import library
 
+_UNKNOWN = 2**64 - 1
+
 
 def _wrong_size(path: Path, wanted: int, found: int) -> ValueError:
     return ValueError(
@@ -66,17 +68,56 @@ class _Mapping:
             library.vqsa_unmap_file(self._address, self._size)
 
 
+class Mappings:
+    """Shard files mapped so far. Whoever holds this object may use the addresses it gave. Thread-safe."""
+
+    def __init__(self, files: list[Path], shards: list[ShardFile]) -> None:
+        self._files, self._shards = files, shards
+        self._lock = threading.Lock()
+        self._views: dict[int, npt.NDArray[np.uint8]] = {}
+        self._begin = np.full(len(files), _UNKNOWN, np.uint64)
+
+    def view(self, shard: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a whole shard file, read-only."""
+        view = self._views.get(shard)
+        if view is None:
+            with self._lock:
+                view = self._views.get(shard)
+                if view is None:
+                    view = np.asarray(_Mapping(self._files[shard], self._shards[shard].size))
+                    self._views[shard] = view
+        return view
+
+    def addresses(self, shard: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+        """Where the files of some shards are mapped; 0 where it cannot be told which pages are in memory."""
+        for number in set(shard[self._begin[shard] == _UNKNOWN].tolist()):
+            self._begin[number] = self._address(number)
+        return self._begin[shard]
+
+    def _address(self, shard: int) -> int:
+        try:
+            begin: int = self.view(shard).ctypes.data
+        except OSError as error:
+            if error.errno == errno.ENOMEM:  # more shards than a process may map
+                return 0
+            raise
+        # The kernel tells the owner of a file, and those who may write it, which pages are in memory;
+        # everybody else is told that all of them are.
+        path = self._files[shard]
+        return begin if os.access(path, os.W_OK) or path.stat().st_uid == os.geteuid() else 0
+
+
 class Handles:
     """Descriptors and mappings of a set's shard files, opened when first needed. Thread-safe.
 
     Args:
-        folder: where the shard files are.
-        shards: the manifest's list; a file of another size is refused when it is opened.
+        files: the shard files.
+        shards: the manifest's list of them; a file of another size is refused when it is opened.
         max_open: descriptors kept open at a time, beyond those in use.
     """
 
-    def __init__(self, folder: Path, shards: list[ShardFile], max_open: int) -> None:
-        self._folder, self._shards, self._max_open = folder, shards, max_open
+    def __init__(self, files: list[Path], shards: list[ShardFile], max_open: int) -> None:
+        self._files, self._shards, self._max_open = files, shards, max_open
         self._start()
 
     def _start(self) -> None:
@@ -84,7 +125,7 @@ class Handles:
         self._lock = threading.Lock()
         self._fds: OrderedDict[int, int] = OrderedDict()
         self._users: dict[int, int] = {}
-        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+        self._mappings = Mappings(self._files, self._shards)
 
     def _own(self) -> None:
         # After a fork the lock may be held by a thread that does not exist here, so the child starts
@@ -92,18 +133,10 @@ class Handles:
         if self._pid != os.getpid():
             self._start()
 
-    def mapped(self, shard: int) -> npt.NDArray[np.uint8]:
-        """The bytes of a whole shard file, read-only."""
+    def mappings(self) -> Mappings:
+        """The mappings in use; `close` replaces them, and they go when nobody holds them any more."""
         self._own()
-        view = self._maps.get(shard)
-        if view is None:
-            with self._lock:
-                view = self._maps.get(shard)
-                if view is None:
-                    info = self._shards[shard]
-                    view = np.asarray(_Mapping(self._folder / info.name, info.size))
-                    self._maps[shard] = view
-        return view
+        return self._mappings
 
     def acquire(self, shards: Iterable[int]) -> dict[int, int]:
         """Descriptors of some shards, open until `release` of the same shards."""
@@ -142,8 +175,7 @@ class Handles:
                 os.close(self._fds.pop(shard))
 
     def _open(self, shard: int) -> int:
-        info = self._shards[shard]
-        path = self._folder / info.name
+        info, path = self._shards[shard], self._files[shard]
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -155,9 +187,9 @@ class Handles:
         return fd
 
     def close(self) -> None:
-        """Close the descriptors nobody reads through and drop the mappings; views stay valid."""
+        """Close the descriptors nobody reads through and let go of the mappings; views stay valid."""
         self._own()
         with self._lock:
             for shard in [s for s in self._fds if s not in self._users]:
                 os.close(self._fds.pop(shard))
-            self._maps.clear()
+            self._mappings = Mappings(self._files, self._shards)

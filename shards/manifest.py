@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic_core
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 VERSION = 1
 HEADER_NAME = "manifest.json"
@@ -48,7 +48,16 @@ _ALIGN = 64
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_SIDE = 1_000_000
 
+
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError(f"file name {name!r} cannot be printed")
+    return name
+
+
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+# Of a shard, which may be somebody else's file: anything that stays in the folder and can be printed.
+ShardName = Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$", max_length=250), AfterValidator(_printable)]
 Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -60,12 +69,12 @@ class _Record(BaseModel):
 class ShardFile(_Record):
     """One file with records."""
 
-    name: FileName
+    name: ShardName
     size: Count
     """Bytes."""
     samples: Count
     xxh3_128: Hex128
-    """Of the whole file."""
+    """Of the whole file; of a `.beton` see `shards.target_beton.digest`."""
 
 
 class TableFile(_Record):
@@ -80,8 +89,8 @@ class Header(_Record):
 
     format: Literal["vqsa-shards"] = "vqsa-shards"
     version: Literal[1] = 1
-    storage: Literal["webdataset"] = "webdataset"
-    """How the shard files are laid out; readers other than ours need it, the table does not."""
+    storage: Literal["webdataset", "ffcv"] = "webdataset"
+    """How the shard files are laid out: WebDataset tars or FFCV `.beton` files; the table is the same."""
     name: FileName
     samples: Count
     classes: list[str]
@@ -89,7 +98,7 @@ class Header(_Record):
     options: dict[str, Any]
     """The build options that decide the shards' bytes."""
     source: Hex128
-    """xxh3-128 over the sources' relative names and sizes, in the order of the rows before any
+    """xxh3-128 over the sources' relative names, labels and sizes, in the order of the rows before any
     sample was rejected."""
     counts: dict[str, Count]
     """Oddities met while building, by kind (`grey`, `cmyk`, `png`, `misnamed`, `rotated`, `rejected`)."""
@@ -213,9 +222,15 @@ def check_table(table: Table, header: Header, where: str) -> None:
     end = c["offset"] + c["length"]
     past_end = (c["offset"] > size) | (c["length"] > size - c["offset"])
     refuse(past_end, "the record reaches past the end of its shard")
+    # Several writers may have worked on one file, so rows and records need not be in the same order.
+    ascending = bool(
+        np.all((c["offset"][1:] >= c["offset"][:-1]) | (rows_of_shard[1:] != rows_of_shard[:-1]))
+    )
+    order = slice(None) if ascending else np.lexsort((c["offset"], rows_of_shard))
+    begin, stop, shard = c["offset"][order], end[order], rows_of_shard[order]
     overlap = np.zeros(len(table), dtype=np.bool_)
-    overlap[1:] = (c["offset"][1:] < end[:-1]) & (rows_of_shard[1:] == rows_of_shard[:-1])
-    refuse(overlap, "the record overlaps the one before it")
+    overlap[order] = np.append(False, (begin[1:] < stop[:-1]) & (shard[1:] == shard[:-1]))[: len(table)]
+    refuse(overlap, "the record overlaps another one")
     no_class = (c["label"] < 0) | (c["label"] >= len(header.classes))
     refuse(no_class, f"its label is outside 0..{len(header.classes) - 1}")
     for side in ("width", "height"):

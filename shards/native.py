@@ -9,7 +9,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-_ABI = 1
+_ABI = 2
 _PATH = Path(__file__).with_name("libvqsa_records.so")
 
 
@@ -46,6 +46,8 @@ def _load() -> ctypes.CDLL:
     library.vqsa_fault_words.restype = c_char_p
     library.vqsa_read_records.argtypes = [c_int64, *[c_void_p] * 4, c_uint64, *[c_void_p] * 5]
     library.vqsa_read_records.restype = c_int64
+    library.vqsa_scan_warm.argtypes = [c_int64, *[c_void_p] * 6]
+    library.vqsa_scan_warm.restype = None
     library.vqsa_map_file.argtypes = [c_char_p, POINTER(c_uint64), POINTER(c_void_p)]
     library.vqsa_map_file.restype = c_int32
     library.vqsa_unmap_file.argtypes = [c_void_p, c_uint64]

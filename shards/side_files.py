@@ -11,11 +11,13 @@ SIZES_NAME = "sizes.json"
 
 
 def side_files(header: Header) -> dict[str, bytes]:
-    """Name and content of each side file of a set.
+    """Name and content of each side file of a set; a set of `.beton` files has none.
 
     `_info.json` is what timm and Hugging Face's ImageNet sets have, with one split of the set's name;
     `sizes.json` (shard name to count) is OpenCLIP's.
     """
+    if header.storage != "webdataset":
+        return {}
     split = {
         "name": header.name,
         "num_samples": header.samples,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.handles import Handles, check_file
-from shards.manifest import Header, Table, read_header, read_table
+from shards.handles import Handles
+from shards.manifest import Header, Table
 from shards.native import library
 
 # Records start on cache lines, so that two threads filling one arena do not share one.
@@ -27,7 +27,8 @@ class Records:
     """Encoded images fetched together."""
 
     data: list[npt.NDArray[np.uint8]]
-    """One 1-D view per record into one fresh arena; what was read so far where a record is at fault."""
+    """One 1-D read-only view per record: of the mapped shard where its pages were in memory, else of a fresh
+    arena; what was read so far where a record is at fault."""
     fault: npt.NDArray[np.uint8]
     """(n,) uint8: 0 where the record is sound, else an index into `shards.FAULTS`."""
     errno: npt.NDArray[np.int32]
@@ -40,17 +41,29 @@ class Store:
     Threads may share a store. It may be pickled and used after a fork: files are opened again there.
 
     Attributes:
+        path: the folder of the shards.
+        files: the shard files.
         name: the set's name.
         classes: class names; `label` indexes into them.
         label: (N,) int32, 0 <= label < len(classes).
         width, height: (N,) int32, pixels as stored, before EXIF orientation.
         length: (N,) uint32, bytes of each encoded image.
         checksum: (N,) uint64, xxh3-64 of each encoded image.
+        shard: (N,) uint32, index into `files`.
+        offset: (N,) uint64, of each encoded image in its file.
         header: the whole manifest header.
     """
 
-    def __init__(self, path: Path, header: Header, table: Table, max_open_files: int) -> None:
-        self.path = path
+    def __init__(
+        self,
+        files: list[Path],
+        header: Header,
+        table: Table,
+        max_open_files: int,
+        reopen: partial[Store],
+    ) -> None:
+        self.path = files[0].parent if files else Path()
+        self.files = files
         self.header = header
         self.name = header.name
         self.classes: list[str] = header.classes
@@ -60,11 +73,11 @@ class Store:
         self.height: npt.NDArray[np.int32] = columns["height"]
         self.length: npt.NDArray[np.uint32] = columns["length"]
         self.checksum: npt.NDArray[np.uint64] = columns["checksum"]
-        self._shard: npt.NDArray[np.uint32] = columns["shard"]
-        self._offset: npt.NDArray[np.uint64] = columns["offset"]
+        self.shard: npt.NDArray[np.uint32] = columns["shard"]
+        self.offset: npt.NDArray[np.uint64] = columns["offset"]
         self._table = table
-        self._max_open_files = max_open_files
-        self._handles = Handles(path, header.shards, max_open_files)
+        self._reopen = reopen
+        self._handles = Handles(files, header.shards, max_open_files)
 
     def __len__(self) -> int:
         return self.header.samples
@@ -91,16 +104,21 @@ class Store:
             FileNotFoundError, ValueError: the shard file is gone or of another size.
         """
         index = self._index(index)
-        begin = int(self._offset[index])
-        return self._handles.mapped(int(self._shard[index]))[begin : begin + int(self.length[index])]
+        begin = int(self.offset[index])
+        whole = self._handles.mappings().view(int(self.shard[index]))
+        return whole[begin : begin + int(self.length[index])]
 
-    def fetch(self, ids: Sequence[int] | npt.NDArray[Any], check: bool = True) -> Records:
-        """Read many samples in one call that holds no interpreter lock; from any number of threads.
+    def fetch(self, ids: Sequence[int] | npt.NDArray[Any], check: bool = True, copy: bool = False) -> Records:
+        """Get many samples into memory in calls that hold no interpreter lock; from any number of threads.
+
+        What is in the page cache is not copied; the rest is read, all of it announced to the system first.
 
         Args:
             ids: sample indices, in any order, repeats allowed.
             check: also scan each image's structure and compare its size with the manifest's; what then
                 has fault 0 may be handed to a decoder.
+            copy: read everything into memory of its own. A file that is cut off while its mapped pages are
+                in use ends the process; say True where that may happen.
 
         Returns:
             The records in the order of `ids`; damaged ones are marked, not raised.
@@ -117,18 +135,68 @@ class Store:
         outside = (index < 0) | (index >= len(self))
         if outside.any():
             self._index(int(index[np.argmax(outside)]))
-        shard = self._shard[index]
-        offset = self._offset[index]
+        data: list[Any] = [None] * count
+        fault = np.zeros(count, dtype=np.uint8)
+        error = np.zeros(count, dtype=np.int32)
+        cold = np.arange(count) if copy else self._take_warm(index, check, data, fault)
+        if len(cold):
+            self._read_cold(index, cold, check, data, fault, error)
+        return Records(data, fault, error)
+
+    def _take_warm(
+        self,
+        index: npt.NDArray[np.int64],
+        check: bool,
+        data: list[Any],
+        fault: npt.NDArray[np.uint8],
+    ) -> npt.NDArray[np.int64]:
+        """Fill in the records whose pages are in memory; returns the places of the others."""
+        mappings = self._handles.mappings()
+        shard, offset = self.shard[index], self.offset[index]
+        length = self.length[index].astype(np.uint64)
+        begin = mappings.addresses(shard)
+        address = np.where(begin == 0, np.uint64(0), begin + offset)
+        width, height = self.width[index], self.height[index]
+        warm = np.zeros(len(index), dtype=np.uint8)
+        library.vqsa_scan_warm(
+            len(index),
+            address.ctypes.data,
+            length.ctypes.data,
+            width.ctypes.data if check else None,
+            height.ctypes.data if check else None,
+            fault.ctypes.data,
+            warm.ctypes.data,
+        )
+        places = zip(
+            np.flatnonzero(warm).tolist(),
+            *(column[warm != 0].tolist() for column in (shard, offset, length)),
+            strict=True,
+        )
+        for place, s, at, n in places:
+            data[place] = mappings.view(s)[at : at + n]
+        return np.flatnonzero(warm == 0)
+
+    def _read_cold(
+        self,
+        index: npt.NDArray[np.int64],
+        cold: npt.NDArray[np.int64],
+        check: bool,
+        data: list[Any],
+        fault_all: npt.NDArray[np.uint8],
+        error_all: npt.NDArray[np.int32],
+    ) -> None:
+        """Read the records at some places into one fresh arena."""
+        index = index[cold]
+        shard, offset = self.shard[index], self.offset[index]
         length = self.length[index].astype(np.uint64)
         step = (length + np.uint64(_ALIGN - 1)) & np.uint64(2**64 - _ALIGN)
         place = np.cumsum(step, dtype=np.uint64) - step
         arena = np.empty(int(step.sum()), dtype=np.uint8)
         width, height = self.width[index], self.height[index]
-        fault = np.empty(count, dtype=np.uint8)
-        error = np.empty(count, dtype=np.int32)
-
-        for begin in range(0, count, _CHUNK):
-            part = slice(begin, min(begin + _CHUNK, count))
+        fault = np.empty(len(cold), dtype=np.uint8)
+        error = np.empty(len(cold), dtype=np.int32)
+        for begin in range(0, len(cold), _CHUNK):
+            part = slice(begin, min(begin + _CHUNK, len(cold)))
             used = set(shard[part].tolist())
             open_fds = self._handles.acquire(used)
             try:
@@ -148,8 +216,10 @@ class Store:
                 )
             finally:
                 self._handles.release(used)
-        data = [arena[a : a + n] for a, n in zip(place.tolist(), length.tolist(), strict=True)]
-        return Records(data, fault, error)
+        arena.flags.writeable = False
+        for i, a, n in zip(cold.tolist(), place.tolist(), length.tolist(), strict=True):
+            data[i] = arena[a : a + n]
+        fault_all[cold], error_all[cold] = fault, error
 
     def key(self, index: int) -> str:
         """The sample's key: its file name in the shard without the extension."""
@@ -158,7 +228,7 @@ class Store:
     def location(self, index: int) -> str:
         """Where a sample is, in words for messages: `imagenet-train-000417.tar, sample n01440764_18`."""
         index = self._index(index)
-        return f"{self.header.shards[int(self._shard[index])].name}, sample {self._table.key(index)}"
+        return f"{self.header.shards[int(self.shard[index])].name}, sample {self._table.key(index)}"
 
     def close(self) -> None:
         """Close what is open; a later read opens it again."""
@@ -178,30 +248,4 @@ class Store:
             self._handles.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.header.table.xxh3_128, self._max_open_files)
-
-
-def open(path: str | os.PathLike[str], max_open_files: int = 128) -> Store:
-    """Open a shard set.
-
-    Args:
-        path: the folder that tools/build_shards.py wrote.
-        max_open_files: descriptors kept open for `Store.fetch`; mappings of `Store.read` hold none.
-
-    Raises:
-        FileNotFoundError: no such folder, no manifest (the build is unfinished), or a shard missing.
-        ValueError: a manifest of another version, damaged, or not matching its shard files.
-    """
-    folder = Path(path).absolute()
-    header = read_header(folder)
-    table = read_table(folder, header)
-    for shard in header.shards:
-        check_file(folder / shard.name, shard)
-    return Store(folder, header, table, max_open_files)
-
-
-def _reopen(path: Path, table_xxh3_128: str, max_open_files: int) -> Store:
-    store = open(path, max_open_files)
-    if store.header.table.xxh3_128 != table_xxh3_128:
-        raise ValueError(f"{path}: the shard set was built again since this store was opened; open it anew")
-    return store
+        return self._reopen, ()

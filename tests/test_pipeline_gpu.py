@@ -119,7 +119,7 @@ def test_damaged_records_are_replaced(picture_shards: Path, tmp_path: Path) -> N
     loader.close()
     half = int(store.length[bad]) // 2
     with (store.path / store.location(bad).split(",")[0]).open("r+b") as file:
-        file.seek(int(store._offset[bad]) + half)
+        file.seek(int(store.offset[bad]) + half)
         file.write(b"\0" * (int(store.length[bad]) - half))
     loader = TrainingLoader(store, config, seed=3, device_id=0)
     for _ in range(2):

@@ -315,7 +315,7 @@ def overwrite(store: shards.Store, sample: int, data: bytes) -> None:
     """Put other bytes where a record's are; shorter data is followed by zeros."""
     path = store.path / store.location(sample).split(",")[0]
     with path.open("r+b") as file:
-        file.seek(int(store._offset[sample]))
+        file.seek(int(store.offset[sample]))
         file.write(data.ljust(int(store.length[sample]), b"\0")[: int(store.length[sample])])
 
 

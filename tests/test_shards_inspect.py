@@ -88,7 +88,7 @@ def test_contact_sheet(folder: Path) -> None:
 def test_a_damaged_picture_is_named_and_red(folder: Path) -> None:
     store = shards.open(folder)
     with (folder / "set-000000.tar").open("r+b") as file:
-        file.seek(int(store._offset[1]))
+        file.seek(int(store.offset[1]))
         file.write(b"nothing")
     sheet, faults = contact_sheet(store, 10, side=48)
     assert len(faults) == 1

@@ -89,27 +89,76 @@ def test_read_is_a_read_only_view_that_outlives_the_store(folder: Path) -> None:
     assert view.tobytes() == before
 
 
-def test_fetch_agrees_with_read_in_any_order(store: shards.Store) -> None:
+@pytest.mark.parametrize("copy", [False, True])
+def test_fetch_agrees_with_read_in_any_order(store: shards.Store, copy: bool) -> None:
     ids = np.random.default_rng(0).integers(0, len(store), 100)
-    records = store.fetch(ids)
+    records = store.fetch(ids, copy=copy)
     assert records.fault.dtype == np.uint8
     assert records.fault.tolist() == [0] * 100
     assert records.errno.tolist() == [0] * 100
     for i, data in zip(ids, records.data, strict=True):
         assert data.dtype == np.uint8
         assert data.tobytes() == store.read(int(i)).tobytes()
-    first = store.fetch([3])
-    first.data[0][:] = 0
-    assert store.fetch([3]).data[0].any(), "each fetch has an arena of its own"
-    assert store.fetch([]).data == []
-    assert store.fetch(range(3)).data[2].tobytes() == store.read(2).tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        records.data[0][0] = 0
+    assert store.fetch([], copy=copy).data == []
+    assert store.fetch(range(3), copy=copy).data[2].tobytes() == store.read(2).tobytes()
+
+
+def test_fetch_copies_only_what_is_not_in_memory(folder: Path) -> None:
+    store = shards.open(folder)
+    warm = store.files[1]
+    for path in store.files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if path != warm:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                file.read()
+    records = store.fetch(range(len(store)))
+    assert not records.fault.any()
+    shared = [np.shares_memory(data, store.read(i)) for i, data in enumerate(records.data)]
+    assert [i for i, is_shared in enumerate(shared) if is_shared] == [4, 5, 6, 7]
+    assert [d.tobytes() for d in records.data] == [store.read(i).tobytes() for i in range(len(store))]
+    assert not any(
+        np.shares_memory(d, store.read(i)) for i, d in enumerate(store.fetch(range(9), copy=True).data)
+    )
+
+
+def test_files_of_others_are_read_not_guessed_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel calls every page of such a file resident.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31)
+    store = shards.open(folder)
+    records = store.fetch([3, 30])
+    assert not records.fault.any()
+    for i, data in zip((3, 30), records.data, strict=True):
+        assert not np.shares_memory(data, store.read(i))
+        assert data.tobytes() == store.read(i).tobytes()
+
+
+def test_views_outlive_a_close_while_others_fetch(store: shards.Store) -> None:
+    wanted = [store.read(i).tobytes() for i in range(len(store))]
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            assert [d.tobytes() for d in store.fetch(range(len(store))).data] == wanted
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(work) for _ in range(2)]
+        for _ in range(300):
+            store.close()
+        stop.set()
+        for done in running:
+            done.result()
 
 
 def test_fetch_marks_damaged_records_and_only_those(folder: Path) -> None:
     store = shards.open(folder)
     sound = store.fetch(range(len(store)))
     with (folder / "small-000002.tar").open("r+b") as file:
-        file.seek(int(store._offset[9]))
+        file.seek(int(store.offset[9]))
         file.write(b"not a picture any more")
     store = shards.open(folder)
     found = store.fetch(range(len(store)))
@@ -118,7 +167,9 @@ def test_fetch_marks_damaged_records_and_only_those(folder: Path) -> None:
     assert all(
         np.array_equal(a, b) for i, (a, b) in enumerate(zip(sound.data, found.data, strict=True)) if i != 9
     )
-    assert store.fetch(range(len(store)), check=False).fault.tolist() == [0] * len(store)
+    assert np.flatnonzero(store.fetch(range(len(store)), copy=True).fault).tolist() == [9]
+    for copy in (False, True):
+        assert store.fetch(range(len(store)), check=False, copy=copy).fault.tolist() == [0] * len(store)
 
 
 def test_fetch_compares_the_size_with_the_manifest(folder: Path) -> None:
@@ -128,26 +179,32 @@ def test_fetch_compares_the_size_with_the_manifest(folder: Path) -> None:
     wide = max(range(26, 39), key=lambda i: int(store.length[i]))
     assert len(narrow) <= store.length[wide]
     with (folder / store.location(wide).split(",")[0]).open("r+b") as file:
-        file.seek(int(store._offset[wide]))
+        file.seek(int(store.offset[wide]))
         file.write(narrow)
-    assert FAULTS[store.fetch([wide]).fault[0]] == "width or height differ from the manifest's"
+    for copy in (False, True):
+        found = store.fetch([wide], copy=copy).fault[0]
+        assert FAULTS[found] == "width or height differ from the manifest's"
 
 
 def test_a_file_cut_off_while_in_use_is_a_fault_not_a_crash(folder: Path) -> None:
     store = shards.open(folder)
     assert store.fetch([0, 1]).fault.tolist() == [0, 0]
-    os.truncate(folder / "small-000000.tar", int(store._offset[1]) + 5)
-    records = store.fetch([0, 1])
-    assert [FAULTS[f] for f in records.fault] == ["sound", "the file ends before the record does"]
+    os.truncate(folder / "small-000000.tar", int(store.offset[1]) + 5)
+    for copy in (False, True):
+        records = store.fetch([0, 1], copy=copy)
+        assert records.fault[0] == 0
+        # Through the mapping, the rest of a page that was cut reads as zeros.
+        assert records.fault[1] != 0
+    assert FAULTS[records.fault[1]] == "the file ends before the record does"
 
 
 def test_a_failing_read_is_a_fault_with_its_errno(store: shards.Store) -> None:
-    store.fetch([0])
+    store.fetch([0], copy=True)
     # A descriptor that cannot be read stands in for a disk that fails.
     pipe_out, pipe_in = os.pipe()
     fd = store._handles._fds[0]
     os.dup2(pipe_in, fd)
-    records = store.fetch([0])
+    records = store.fetch([0], copy=True)
     assert FAULTS[records.fault[0]] == "the operating system could not read the record"
     assert records.errno[0] != 0
     os.close(pipe_out)
@@ -190,7 +247,7 @@ def test_few_descriptors_serve_many_shards_and_threads(folder: Path) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(60):
             ids = rng.integers(0, len(store), 6)
-            records = store.fetch(ids)
+            records = store.fetch(ids, copy=bool(rng.integers(2)))
             assert not records.fault.any()
             assert [d.tobytes() for d in records.data] == [wanted[i] for i in ids]
             assert store.read(int(ids[0])).tobytes() == wanted[ids[0]]
@@ -199,8 +256,8 @@ def test_few_descriptors_serve_many_shards_and_threads(folder: Path) -> None:
         for done in [pool.submit(work, seed) for seed in range(4)]:
             done.result()
     for i in range(len(store)):
-        store.fetch([i])
-    assert len(store._handles._fds) <= 2
+        store.fetch([i], copy=True)
+    assert len(store._handles._fds) == 2
     assert not store._handles._users
 
 
@@ -262,12 +319,12 @@ def _child(store: shards.Store, answers: multiprocessing.SimpleQueue[bytes]) -> 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_the_same(store: shards.Store, method: str) -> None:
     wanted = b"".join(store.read(i).tobytes() for i in (4, 30, 11))
-    store.fetch([4])
+    store.fetch([4], copy=True)
     context = multiprocessing.get_context(method)
     answers = context.SimpleQueue()
     process = context.Process(target=_child, args=(store, answers))
     # As if another thread were inside the store at the moment of the fork.
-    with store._handles._lock:
+    with store._handles._lock, store._handles.mappings()._lock:
         process.start()
         found = answers.get()
     process.join()
@@ -278,7 +335,7 @@ def test_other_processes_read_the_same(store: shards.Store, method: str) -> None
 
 def test_close_and_context(folder: Path) -> None:
     with shards.open(folder) as store:
-        store.fetch(range(len(store)))
+        store.fetch(range(len(store)), copy=True)
         fds = list(store._handles._fds.values())
         assert fds
     for fd in fds:
