@@ -1,4 +1,4 @@
-"""Convolutional trunks: image to feature map.
+"""Trunks by name, and their pretrained weights.
 
 Shapes: B = images, D = feature dimension, H, W = image size, h, w = H, W divided by the stride (rounded up).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -16,7 +16,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from model.config import PASSED_IN, TIMM, ModelConfig
+from model.map_trunk import MapTrunk, TimmTrunk
 from model.naming import mismatch, some
+from model.trunk import Trunk
 
 _BUILDERS = {
     "resnet18": torchvision.models.resnet18,
@@ -28,7 +31,7 @@ _BUILDERS = {
 }
 
 
-class Trunk(nn.Module):
+class TorchvisionTrunk(Trunk):
     """A torchvision residual network up to its last feature map.
 
     Args:
@@ -37,18 +40,15 @@ class Trunk(nn.Module):
         freeze_bn: batch normalisation keeps its running statistics in training; its weights still learn.
 
     Attributes:
-        dim: D, channels of the map.
         stride: image size divided by map size: 32, or 8 with the small stem.
     """
 
     def __init__(
         self, name: str, stem: Literal["imagenet", "small"] = "imagenet", freeze_bn: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(name, freeze_bn)
         net: Any = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else _BUILDERS[name]()
-        self.name = name
-        self.freeze_bn = freeze_bn
-        self.dim: int = net.fc.in_features
+        self.dim = net.fc.in_features
         self.stride = 32 if stem == "imagenet" else 8
         if stem == "small":
             net.conv1 = nn.Conv2d(3, net.conv1.out_channels, kernel_size=3, padding=1, bias=False)
@@ -66,14 +66,31 @@ class Trunk(nn.Module):
             x = layer(x)
         return x
 
-    def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; frozen batch normalisation stays in evaluation."""
-        super().train(mode)
-        if self.freeze_bn:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self
+
+def make_trunk(config: ModelConfig, passed_in: nn.Module | None = None) -> Trunk:
+    """Build the trunk that a configuration names; its weights are `load_weights`'s business.
+
+    Args:
+        config: trunk, stem and freeze_bn.
+        passed_in: the module, for trunk "module".
+
+    Raises:
+        ValueError: a module without trunk "module" or the reverse, timm's model is not there, or no map.
+    """
+    if (config.trunk == PASSED_IN) != (passed_in is not None):
+        raise ValueError(
+            f"the trunk is {config.trunk!r}, but "
+            + (
+                "no module was passed; say model.build(config, classes, trunk=module), model.load(path, trunk=module)"
+                if passed_in is None
+                else "a module was passed; say trunk='module' in the configuration"
+            )
+        )
+    if passed_in is not None:
+        return MapTrunk(passed_in, freeze_bn=config.freeze_bn)
+    if config.trunk.startswith(TIMM):
+        return TimmTrunk(config.trunk, config.freeze_bn)
+    return TorchvisionTrunk(config.trunk, config.stem, config.freeze_bn)
 
 
 def load_weights(trunk: Trunk, fc: nn.Linear, weights: str) -> None:
@@ -82,35 +99,49 @@ def load_weights(trunk: Trunk, fc: nn.Linear, weights: str) -> None:
     Args:
         trunk: what to fill.
         fc: the last linear layer; left as it is, with a warning, when the weights have other classes.
-        weights: "torchvision" (ImageNet V1 weights from torch's cache; nothing is downloaded) or a file,
-            .safetensors or a torch file that holds tensors only. "model" or "state_dict" around the tensors
-            and "module." before the names are taken off.
+        weights: "torchvision" (ImageNet V1 weights from torch's cache), "timm" (from the Hugging Face cache;
+            nothing is downloaded in either case) or a file, .safetensors or a torch file that holds tensors
+            only. "model" or "state_dict" around the tensors and "module." before the names are taken off.
 
     Raises:
         FileNotFoundError: the file is not there.
         ValueError: the tensors do not fit the trunk; lists missing, unexpected and differently shaped names.
     """
-    path = _torchvision_file(trunk.name) if weights == "torchvision" else Path(weights)
+    if weights == "torchvision":
+        path = _torchvision_file(trunk.name)
+    elif weights == "timm":
+        assert isinstance(trunk, TimmTrunk)  # ModelConfig allows no other
+        path = trunk.cached_weights()
+    else:
+        path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"model.weights: no file {path}; give a .pth or .safetensors file, 'torchvision' or ''"
+            f"model.weights: no file {path}; give a .pth or .safetensors file, 'torchvision', 'timm' or ''"
         )
     state = read_tensors(path)
-    classifier = {key: state.pop(f"fc.{key}") for key in ("weight", "bias") if f"fc.{key}" in state}
-    problem = mismatch({name: tensor.shape for name, tensor in trunk.state_dict().items()}, state)
+    last = trunk.classifier_name() if isinstance(trunk, TimmTrunk) else "fc"
+    classifier = {key: state.pop(f"{last}.{key}") for key in ("weight", "bias") if f"{last}.{key}" in state}
+    target: nn.Module = trunk
+    if isinstance(trunk, MapTrunk):
+        target = trunk.net
+        without = tuple(f"{child}." for child in getattr(trunk, "left_out", ()))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(without)}
+    problem = mismatch({name: tensor.shape for name, tensor in target.state_dict().items()}, state)
     if problem:
         raise ValueError(
             f"{path} does not fit trunk {trunk.name}: {problem}; "
             "choose the trunk and stem that the file was made with"
         )
-    trunk.load_state_dict(state)
+    target.load_state_dict(state)
     wanted = {key: value.shape for key, value in fc.state_dict().items()}
     if {key: value.shape for key, value in classifier.items()} == wanted:
         fc.load_state_dict(classifier)
     elif classifier:
+        classes, dim = classifier["weight"].shape
+        other_dim = "" if dim == fc.in_features else f" (of {dim} dimensions, not {fc.in_features})"
         warnings.warn(
-            f"{path}: its classifier is for {classifier['weight'].shape[0]} classes and {fc.out_features} "
-            "are wanted, so the last layer starts at random",
+            f"{path}: its classifier is for {classes} classes{other_dim} and {fc.out_features} are wanted, "
+            "so the last layer starts at random",
             stacklevel=2,
         )
 

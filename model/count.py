@@ -5,7 +5,7 @@ three attention matrices on two tokens, one linear layer and the codebook's weig
 neither the search nor the fusing layer is in them.
 
 MACs are per image, of one forward pass. Batch normalisation counts two per element, as counting tools do.
-Pooling, activations, softmax and losses are left out.
+Pooling, activations, softmax and losses are left out, and so are the attention products of a timm transformer.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def count(
     dim = model.trunk.dim
     of_norms = sum(_parameters(module) for module in model.trunk.modules() if _is_norm(module))
     parts = [
-        Part("trunk convolutions", _parameters(model.trunk) - of_norms, conv),
+        Part("trunk layers", _parameters(model.trunk) - of_norms, conv),
         Part("trunk normalisation", of_norms, norm),
     ]
     if model.codebook is not None:
         searches = positions if config.quantise == "map" else 1
         search = searches * config.codes * dim if mode == "full" else 0
-        parts.append(Part("codebook", _parameters(model.codebook), search))
+        parts.append(Part("codebook", model.codebook.codes.numel(), search))
     if model.attention is not None:
         # Three matrices on two tokens; in full also the 2×2 scores and the mixing of the values.
         mixing = 2 * 4 * dim if mode == "full" else 0
@@ -76,16 +76,16 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.BatchNorm2d)
+    return isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm)
 
 
 def _trunk_macs(model: VQSA, image_size: int) -> tuple[int, int, int]:
-    """MACs of convolutions and of normalisation, and the number of positions of the map."""
+    """MACs of convolutions and linear layers, of normalisation, and the number of positions of the map."""
     conv = norm = 0
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal conv, norm
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             conv += output.numel() * module.weight[0].numel()
         else:
             norm += 2 * output.numel()
@@ -93,7 +93,7 @@ def _trunk_macs(model: VQSA, image_size: int) -> tuple[int, int, int]:
     hooks = [
         module.register_forward_hook(after)
         for module in model.trunk.modules()
-        if isinstance(module, nn.Conv2d) or _is_norm(module)
+        if isinstance(module, nn.Conv2d | nn.Linear) or _is_norm(module)
     ]
     map_1Dhw = model.trunk(torch.empty(1, 3, image_size, image_size, device="meta"))
     for hook in hooks:

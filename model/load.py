@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from torch import nn
 
 from model.config import ModelConfig
 from model.naming import mismatch
@@ -17,12 +18,14 @@ from model.vqsa import VQSA
 WEIGHTS_FILE = "model.safetensors"
 
 
-def load(path: str | Path) -> VQSA:
+def load(path: str | Path, trunk: nn.Module | None = None) -> VQSA:
     """Open a trained model in evaluation mode, on the CPU. Nothing in the files is executed.
 
     Args:
         path: a checkpoint folder (run.json, model.safetensors), a run folder (its newest whole checkpoint is
             taken), or an exported folder (config.json, model.safetensors).
+        trunk: for a model that was built with a trunk of one's own: a module of the same kind; its tensors are
+            replaced.
 
     Returns:
         The model; `classes` are the names of its outputs.
@@ -49,7 +52,7 @@ def load(path: str | Path) -> VQSA:
         state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); use an older checkpoint") from None
-    net = VQSA(config, len(classes))
+    net = VQSA(config, len(classes), trunk)
     problem = mismatch({name: tensor.shape for name, tensor in net.state_dict().items()}, state)
     if problem:
         raise ValueError(

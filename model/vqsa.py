@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import TwoTokenAttention
-from model.backbone import Trunk, load_weights
+from model.backbone import load_weights, make_trunk
 from model.codebook import Codebook
-from model.config import ModelConfig
+from model.config import PASSED_IN, ModelConfig
 from model.head import Head
 from model.losses import cross_entropy, total_loss
 
@@ -37,7 +37,15 @@ class Losses(NamedTuple):
     """(B, C), with gradients."""
 
     code_index: Tensor | None
-    """int64 codes, (B, h, w) for quantise "map", (B,) for "pooled", None without a codebook."""
+    """int64 codes, (B, h, w) for quantise "map", (B,) for "pooled", None without a codebook. The nearest
+    code of each feature, with top_k > 1 too; −1 for a feature that is not finite."""
+
+    finite: Tensor
+    """(B,) bool, whether every feature of the image is finite."""
+
+    features: Tensor | None
+    """(N, D) what was quantised, without gradients: what `VQSA.update_codebook` wants. None unless the
+    configuration has ema, revive_after or centre."""
 
 
 class Features(NamedTuple):
@@ -80,12 +88,14 @@ class VQSA(nn.Module):
     Args:
         config: the choices.
         num_classes: C.
+        trunk: the trunk itself, for config.trunk "module": see model.map_trunk.MapTrunk.
 
     Raises:
-        ValueError, FileNotFoundError: no classes, or pretrained weights that are not there or do not fit.
+        ValueError, FileNotFoundError: no classes, a trunk that gives no map, or pretrained weights that are
+            not there or do not fit.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+    def __init__(self, config: ModelConfig, num_classes: int, trunk: nn.Module | None = None) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"a classifier needs at least one class, got {num_classes}")
@@ -93,13 +103,15 @@ class VQSA(nn.Module):
         self.num_classes = num_classes
         self.classes: tuple[str, ...] = ()
         """Names of the outputs, in order; empty unless `model.load` knew them."""
-        self.trunk = Trunk(config.trunk, config.stem, config.freeze_bn)
+        self.trunk = make_trunk(config, trunk)
         dim = self.trunk.dim
         quantised = config.quantise != "none"
         self.codebook = (
             Codebook(
                 config.codes, dim, config.metric, config.init, config.init_seed, config.reduction,
-                config.search_memory_mib,
+                config.search_memory_mib, kmeans_iterations=config.kmeans_iterations, top_k=config.top_k,
+                top_k_weights=config.top_k_weights, ema=config.ema, ema_epsilon=config.ema_epsilon,
+                revive_after=config.revive_after, centre=config.centre,
             )
             if quantised
             else None
@@ -110,6 +122,11 @@ class VQSA(nn.Module):
             else None
         )
         self.head = Head(dim, num_classes, paired=quantised and config.fusion == "concat")
+        # The codebook's moving state is the same on every rank by construction; DistributedDataParallel would
+        # send it from rank to rank in every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.startswith("codebook.")
+        ]
         if config.weights:
             load_weights(self.trunk, self.head.fc, config.weights)
 
@@ -139,8 +156,10 @@ class VQSA(nn.Module):
         code_BD = code_index = sqdist = attention_B22 = None
         vq = commit = zero
         fused = z_BD
+        features_ND = None
         if self.codebook is not None:
-            result = self.codebook(self._features(map_BDhw))
+            features_ND = self._features(map_BDhw)
+            result = self.codebook(features_ND)
             code_BD, code_index, sqdist = result.quantised_ND, result.index_N, result.sqdist_N
             if self.config.quantise == "map":
                 batch, dim, height, width = map_BDhw.shape
@@ -164,11 +183,13 @@ class VQSA(nn.Module):
             return logits
         ce = cross_entropy(logits, labels)
         loss = total_loss(ce, vq, commit, self.config.beta, self.config.lambda_ce)
-        return Losses(loss, ce, vq, commit, logits, code_index)
+        moving = self.codebook is not None and self.codebook.upkeep is not None
+        kept_ND = features_ND.detach() if moving and features_ND is not None else None
+        return Losses(loss, ce, vq, commit, logits, code_index, z_BD.detach().isfinite().all(1), kept_ND)
 
     @torch.no_grad()
     def initialise_codebook(self, *images: Tensor) -> None:
-        """Draw the codes from these images if they wait for data, else do nothing.
+        """Start the codes from these images if they wait for data, else do nothing.
 
         The first training pass does it by itself, from its own micro-batch. Calling this first takes the whole
         global batch under gradient accumulation, and keeps the draw out of a compiled graph. Running statistics
@@ -179,12 +200,38 @@ class VQSA(nn.Module):
         """
         if self.codebook is None or self.codebook.is_initialised:
             return
+        z_ND = torch.cat([self.codebook_features(image_BCHW) for image_BCHW in images])
+        self.codebook.initialise_from(z_ND, parts=len(images))
+
+    @torch.no_grad()
+    def codebook_features(self, images: Tensor) -> Tensor:
+        """What would be quantised for these images, (N, D), in the present mode.
+
+        Running statistics are left as they were.
+
+        Args:
+            images: (B, 3, H, W).
+        """
         statistics = [(buffer, buffer.clone()) for buffer in self.trunk.buffers()]
-        maps = [self.trunk(image_BCHW) for image_BCHW in images]
+        map_BDhw = self.trunk(images)
         for buffer, before in statistics:
             buffer.copy_(before)
-        z_ND = torch.cat([self._features(map_BDhw) for map_BDhw in maps])
-        self.codebook.initialise_from(z_ND, parts=len(images))
+        return self._features(map_BDhw)
+
+    @torch.no_grad()
+    def update_codebook(self, *outputs: Losses) -> None:
+        """Moving average, revival and running centre of the codebook; nothing where none is on.
+
+        To be called after each optimiser step, on several ranks on all of them.
+
+        Args:
+            outputs: what the forward passes of the step returned, one per micro-batch of this rank.
+        """
+        if self.codebook is None or self.codebook.upkeep is None:
+            return
+        z_ND = torch.cat([out.features for out in outputs if out.features is not None])
+        index_N = torch.cat([out.code_index.flatten() for out in outputs if out.code_index is not None])
+        self.codebook.update(z_ND, index_N, parts=len(outputs))
 
     def _features(self, map_BDhw: Tensor) -> Tensor:
         """What is quantised: every position of the map, or its mean."""
@@ -199,6 +246,14 @@ def _pool(map_BDhw: Tensor) -> Tensor:
     return map_BDhw.float().mean((2, 3))
 
 
-def build(config: ModelConfig, num_classes: int) -> VQSA:
-    """Build the model that a configuration describes."""
-    return VQSA(config, num_classes)
+def build(config: ModelConfig, num_classes: int, trunk: nn.Module | None = None) -> VQSA:
+    """Build the model that a configuration describes, on a trunk of one's own if one is passed.
+
+    Args:
+        config: the choices. With a trunk passed, config.trunk is not looked at.
+        num_classes: number of classes.
+        trunk: a module from images (B, 3, H, W) to a feature map (B, D, h, w); see model.map_trunk.MapTrunk.
+    """
+    if trunk is not None:
+        config = ModelConfig.model_validate({**config.model_dump(), "trunk": PASSED_IN})
+    return VQSA(config, num_classes, trunk)

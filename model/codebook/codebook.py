@@ -1,4 +1,4 @@
-"""The codebook: its codes, how they start, and how many of them are in use.
+"""The codebook: its codes, how they start, how they are kept in use, and how many of them are.
 
 Shapes: N = features, K = codes, D = feature dimension.
 """
@@ -10,13 +10,17 @@ from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.codebook.global_batch import GlobalBatch
+from model.codebook.kmeans import kmeans
 from model.codebook.quantize import Quantised, quantize
 from model.codebook.search import Metric
+from model.codebook.top_k import Weights, quantize_top_k
+from model.codebook.upkeep import Upkeep
+from model.codebook.usage import Usage
 
-Initialisation = Literal["data", "uniform03", "uniform_1n", "normal"]
+Initialisation = Literal["data", "kmeans", "uniform03", "uniform_1n", "normal"]
 
 _JITTER = 0.01  # of each dimension's standard deviation
 
@@ -24,18 +28,26 @@ _JITTER = 0.01  # of each dimension's standard deviation
 class Codebook(nn.Module):
     """K codes of dimension D.
 
-    With init "data" the codes are features of the first training batch. The draw depends on init_seed and on the
-    number of features in the global batch alone, so it is the same on any number of ranks. A batch with fewer
-    features than codes is used several times, each repetition with a little Gaussian noise (1 % of each
-    dimension's standard deviation), and a warning says so.
+    With init "data" the codes are features of the first training batch, with "kmeans" the centres of its
+    features. Either depends on init_seed and on the features of the global batch alone, so it is the same on any
+    number of ranks. A start from fewer features than codes uses them several times, each repetition with a
+    little Gaussian noise (1 % of each dimension's standard deviation), and a warning says so.
+
+    Moving average, revival and the running centre happen in `update`, which the training loop calls once per
+    optimiser step.
 
     State: `codes` (K, D) float32 and the flag `initialised`, both saved, so that a resumed codebook is not
-        drawn
-    again. `usage_K` is a measurement, is not saved and is never averaged over ranks by
-    DistributedDataParallel.
+    drawn again; `upkeep.*` where one of ema, revive_after and centre is on. `usage` is a measurement and is
+    not saved.
+
+    Args:
+        codes, dim: K, D.
+        metric, init, init_seed, kmeans_iterations, reduction, top_k, top_k_weights, ema, ema_epsilon,
+        revive_after, centre: see ModelConfig.
+        memory_mib: workspace of the search.
 
     Raises:
-        ValueError: an init that does not exist.
+        ValueError: choices that do not exist or do not fit.
     """
 
     initialised: Tensor
@@ -49,19 +61,51 @@ class Codebook(nn.Module):
         init_seed: int = 0,
         reduction: Literal["mean", "sum"] = "mean",
         memory_mib: int = 256,
+        *,
+        kmeans_iterations: int = 10,
+        top_k: int = 1,
+        top_k_weights: Weights = "mean",
+        ema: float = 0.0,
+        ema_epsilon: float = 1e-5,
+        revive_after: int = 0,
+        centre: bool = False,
     ) -> None:
         super().__init__()
+        if init not in ("data", "kmeans", "uniform03", "uniform_1n", "normal"):
+            raise ValueError(
+                f"codebook init is {init!r}; choose 'data', 'kmeans', 'uniform03', 'uniform_1n' or 'normal'"
+            )
+        if not 1 <= top_k <= codes:
+            raise ValueError(f"codebook top_k is {top_k}; choose 1 to the number of codes, {codes}")
+        if metric == "l2" and init == "uniform03":
+            warnings.warn(
+                "Euclidean search over codes from U(0, 3) uses few of them (47 of 1,000 on pooled ReLU "
+                "features); choose init 'kmeans' or 'data', or metric 'cosine' as the authors' code does",
+                stacklevel=3,
+            )
         self.metric: Metric = metric
-        self.reduction: Literal["mean", "sum"] = reduction
-        self.memory_mib = memory_mib
+        self.init = init
         self.init_seed = init_seed
-        self.codes = nn.Parameter(torch.zeros(codes, dim))
-        self.register_buffer("initialised", torch.tensor(init != "data"))
+        self.kmeans_iterations = kmeans_iterations
+        self.reduction: Literal["mean", "sum"] = reduction
+        self.top_k = top_k
+        self.top_k_weights: Weights = top_k_weights
+        self.memory_mib = memory_mib
+        # A codebook that follows a moving average gets no gradient and is no business of the optimiser.
+        self.codes = nn.Parameter(torch.zeros(codes, dim), requires_grad=not ema)
+        self.register_buffer("initialised", torch.tensor(init not in ("data", "kmeans")))
         # The same flag where reading it costs no wait for the device.
-        self.is_initialised = init != "data"
-        self.usage_K = torch.zeros(codes, dtype=torch.int64)
-        """int64, how many features chose each code in training since `reset_usage`; sum over ranks to get the
-        global one. A plain tensor: a registered buffer would be overwritten by DistributedDataParallel."""
+        self.is_initialised = init not in ("data", "kmeans")
+        self.upkeep = (
+            Upkeep(
+                codes, dim, ema=ema, ema_epsilon=ema_epsilon, revive_after=revive_after, centre=centre,
+                seed=init_seed,
+            )
+            if ema or revive_after or centre
+            else None
+        )  # fmt: skip
+        self.usage = Usage(codes)
+        """What was chosen in training since `reset_usage()`, and how far it was, on this rank."""
         self.register_load_state_dict_post_hook(Codebook._after_load)  # type: ignore[no-untyped-call]
         generator = None if self.codes.is_meta else torch.Generator(self.codes.device).manual_seed(init_seed)
         with torch.no_grad():
@@ -71,10 +115,8 @@ class Codebook(nn.Module):
                 self.codes.uniform_(-1 / codes, 1 / codes, generator=generator)
             elif init == "normal":
                 self.codes.normal_(generator=generator)
-            elif init != "data":
-                raise ValueError(
-                    f"codebook init is {init!r}; choose 'data', 'uniform03', 'uniform_1n' or 'normal'"
-                )
+            if self.upkeep is not None and self.is_initialised:
+                self.upkeep.restart(self.codes)
 
     def forward(self, z_ND: Tensor) -> Quantised:
         """Quantise features; in training count which codes are used, and draw the codes from data if they
@@ -90,17 +132,23 @@ class Codebook(nn.Module):
                     "step or model.initialise_codebook(images) before evaluating"
                 )
             self.initialise_from(z_ND)
-        result = quantize(z_ND, self.codes, self.metric, self.reduction, self.memory_mib)
+        centre_D = self.upkeep.centre_D if self.upkeep is not None and self.upkeep.centre else None
+        if self.top_k == 1:
+            result = quantize(z_ND, self.codes, self.metric, self.reduction, self.memory_mib, centre_D)
+            index = result.index_N
+        else:
+            result, index = quantize_top_k(
+                z_ND, self.codes, self.top_k, self.top_k_weights, self.metric, self.reduction,
+                self.memory_mib, centre_D,
+            )  # fmt: skip
         if self.training:
-            with torch.no_grad():
-                chosen_N = result.index_N >= 0
-                self.usage_K.scatter_add_(0, result.index_N.clamp_min(0), chosen_N.long())
+            self.usage.add(index, result.sqdist_N)
         return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     @torch.no_grad()
     def initialise_from(self, z_ND: Tensor, parts: int = 1) -> None:
-        """Draw the codes from this rank's features and, where torch.distributed runs, those of the other ranks.
+        """Start the codes from this rank's features and, where torch.distributed runs, those of the other ranks.
 
         Every rank must call it with the same number of features.
 
@@ -113,56 +161,72 @@ class Codebook(nn.Module):
             ValueError: no features, features that are not finite (a code that is not could never be compared),
                 or a number that does not divide into the parts.
         """
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        z_ND = z_ND.detach().float()
-        local = z_ND.shape[0]
-        available = local * ranks
-        total, dim = self.codes.shape
-        if local % parts:
-            raise ValueError(f"{local} features do not divide into {parts} equal parts")
-        if available == 0:
-            raise ValueError("the codebook cannot start from a batch without features; give an image")
-        exact_ND = z_ND.double()
-        broken_D = (~z_ND.isfinite()).sum(0)
-        moments_3D = torch.stack([exact_ND.sum(0), exact_ND.square().sum(0), broken_D])
-        if ranks > 1:
-            dist.all_reduce(moments_3D)
-        broken = int(moments_3D[2].sum())
+        batch = GlobalBatch(z_ND, parts)
+        broken = int(batch.reduced((~batch.z_ND.isfinite()).sum()))
         if broken:
             raise ValueError(
                 f"the codebook cannot start from features with {broken} values that are not finite; "
                 "check the images, the trunk's weights and the precision"
             )
-        generator = torch.Generator().manual_seed(self.init_seed)
-        order_N = torch.randperm(available, generator=generator)
-        source_K = order_N.repeat(-(-total // available))[:total].to(z_ND.device)
-        size = local // parts
-        part_K, owner_K = source_K // size // ranks, source_K // size % ranks
-        codes_KD = z_ND[part_K * size + source_K % size] * (owner_K == rank)[:, None]
-        if ranks > 1:
-            dist.all_reduce(codes_KD)  # one rank's value and zeros: exact
-        if total > available:
-            warnings.warn(
-                f"codebook of {total} codes starts from {available} features: each is used about "
-                f"{total / available:.1f} times, repetitions with {_JITTER:.0%} noise; "
-                "a larger first batch or fewer codes avoids this",
-                stacklevel=2,
-            )
-            mean_D = moments_3D[0] / available
-            deviation_D = (moments_3D[1] / available - mean_D.square()).clamp_min(0).sqrt().float()
-            noise_KD = torch.randn(total - available, dim, generator=generator).to(z_ND.device)
-            codes_KD[available:] += _JITTER * deviation_D * noise_KD
+        codes_KD = self._drawn(batch)
+        centre_D = None
+        if self.upkeep is not None and self.upkeep.centre:
+            centre_D = batch.mean().float()
+        if self.init == "kmeans" and batch.total > len(codes_KD):
+            codes_KD = kmeans(batch, codes_KD, self.kmeans_iterations, self.metric, centre_D, self.memory_mib)
         self.codes.copy_(codes_KD)
+        if self.upkeep is not None:
+            self.upkeep.restart(codes_KD, centre_D)
         self.initialised.fill_(True)
         self.is_initialised = True
 
+    def _drawn(self, batch: GlobalBatch) -> Tensor:
+        """Features of the batch drawn without replacement, or all of them and noisy repetitions."""
+        total, dim = self.codes.shape
+        generator = torch.Generator().manual_seed(self.init_seed)
+        order_G = torch.randperm(batch.total, generator=generator)
+        codes_KD = batch.rows(order_G.repeat(-(-total // batch.total))[:total].to(batch.z_ND.device))
+        if total > batch.total:
+            warnings.warn(
+                f"codebook of {total} codes starts from {batch.total} features: each is used about "
+                f"{total / batch.total:.1f} times, repetitions with {_JITTER:.0%} noise; "
+                "more or larger first batches or fewer codes avoid this",
+                stacklevel=3,
+            )
+            mean_D = batch.mean()
+            offset = GlobalBatch((batch.z_ND.double() - mean_D).square())
+            deviation_D = offset.mean().sqrt().float()
+            noise_KD = torch.randn(total - batch.total, dim, generator=generator).to(codes_KD.device)
+            codes_KD[batch.total :] += _JITTER * deviation_D * noise_KD
+        return codes_KD
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    @torch.no_grad()
+    def update(self, z_ND: Tensor, index_N: Tensor, parts: int = 1) -> None:
+        """Moving average, revival and centre, after an optimiser step; nothing where none is on.
+
+        Every rank must call it with the same number of features.
+
+        Args:
+            z_ND: this rank's features of the step, as they were quantised.
+            index_N: int64, their codes; −1 for a feature that is not finite, which is left out.
+            parts: as in `initialise_from`.
+        """
+        if self.upkeep is not None:
+            self.upkeep.update(self.codes, GlobalBatch(z_ND, parts), index_N.flatten())
+
+    @property
+    def usage_K(self) -> Tensor:
+        """int64, how many features chose each code in training since `reset_usage`, on this rank."""
+        return self.usage.usage_K
+
     def reset_usage(self) -> None:
         """Start counting anew."""
-        self.usage_K.zero_()
+        self.usage.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.usage_K = fn(self.usage_K)  # moves with the module, as a buffer would
+        self.usage.moved(fn)
         return self
 
     @staticmethod
@@ -170,16 +234,3 @@ class Codebook(nn.Module):
         assert isinstance(module, Codebook)
         if not module.initialised.is_meta:
             module.is_initialised = bool(module.initialised)
-
-
-def codes_used(usage_K: Tensor) -> Tensor:
-    """How many codes were chosen at least once: int64 scalar."""
-    return (usage_K > 0).sum()
-
-
-def perplexity(usage_K: Tensor) -> Tensor:
-    """exp of the entropy of the codes' shares: float64 scalar in [1, K], K for even use; 1 if nothing was
-    counted."""
-    share_K = usage_K.double() / usage_K.sum().clamp_min(1)
-    entropy: Tensor = torch.special.entr(share_K).sum()
-    return entropy.exp()

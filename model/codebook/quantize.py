@@ -34,11 +34,11 @@ class Quantised(NamedTuple):
 
 
 @torch.library.custom_op("vqsa::gather_codes", mutates_args=())
-def _gather_codes(codes_KD: Tensor, index_N: Tensor) -> Tensor:
+def gather_codes(codes_KD: Tensor, index_N: Tensor) -> Tensor:
     return codes_KD.index_select(0, index_N.clamp_min(0))
 
 
-@_gather_codes.register_fake
+@gather_codes.register_fake
 def _(codes_KD: Tensor, index_N: Tensor) -> Tensor:
     return codes_KD.new_empty(index_N.shape[0], codes_KD.shape[1])
 
@@ -65,7 +65,7 @@ def _gather_backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor) 
     return _sum_by_code(grad_ND.contiguous(), index_N, ctx.codes), None  # type: ignore[attr-defined]
 
 
-_gather_codes.register_autograd(_gather_backward, setup_context=_remember)
+gather_codes.register_autograd(_gather_backward, setup_context=_remember)
 
 
 def quantize(
@@ -74,6 +74,7 @@ def quantize(
     metric: Metric = "l2",
     reduction: Literal["mean", "sum"] = "mean",
     memory_mib: int = 256,
+    centre_D: Tensor | None = None,
 ) -> Quantised:
     """Replace each feature by its nearest code, with gradients for training.
 
@@ -83,6 +84,8 @@ def quantize(
         metric: what "nearest" means; the losses are of the raw vectors under either.
         reduction: "mean" over vectors and dimensions, or "sum" over dimensions and mean over vectors.
         memory_mib: workspace of the search.
+        centre_D: subtracted from features and codes before they are compared, and only there; changes
+            nothing under "l2" but rounding.
 
     Returns:
         Quantised. Everything is computed in float32, under autocast too. The gradient of the codes is the
@@ -94,14 +97,25 @@ def quantize(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"quantize knows the reductions 'mean' and 'sum', got {reduction!r}")
     with torch.autocast(z_ND.device.type, enabled=False):
-        index_N, sqdist_N = nearest_code(z_ND, codes_KD, metric, memory_mib=memory_mib)
-        z_ND = z_ND.float()
-        code_ND = _gather_codes(codes_KD, index_N)
-        vq_loss = _reduce((code_ND - z_ND.detach()).square(), reduction)
-        commit_loss = _reduce((z_ND - code_ND.detach()).square(), reduction)
-        # z − sg(z) is exactly zero, so the value is the code to the last bit; z + sg(e − z) would be rounded.
-        quantised_ND = code_ND.detach() + (z_ND - z_ND.detach())
-        return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss)
+        index_N, sqdist_N = nearest_code(*about(z_ND, codes_KD, centre_D), metric, memory_mib=memory_mib)
+        return straight_through(z_ND, gather_codes(codes_KD, index_N), index_N, sqdist_N, reduction)
+
+
+def straight_through(
+    z_ND: Tensor, code_ND: Tensor, index_N: Tensor, sqdist_N: Tensor, reduction: str
+) -> Quantised:
+    """The output and the two losses, once each feature has its code; float32, outside autocast."""
+    z_ND = z_ND.float()
+    vq_loss = _reduce((code_ND - z_ND.detach()).square(), reduction)
+    commit_loss = _reduce((z_ND - code_ND.detach()).square(), reduction)
+    # z − sg(z) is exactly zero, so the value is the code to the last bit; z + sg(e − z) would be rounded.
+    quantised_ND = code_ND.detach() + (z_ND - z_ND.detach())
+    return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss)
+
+
+def about(z_ND: Tensor, codes_KD: Tensor, centre_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Features and codes as seen from a centre, float32; as they are without one."""
+    return (z_ND, codes_KD) if centre_D is None else (z_ND.float() - centre_D, codes_KD - centre_D)
 
 
 def _reduce(square_ND: Tensor, reduction: str) -> Tensor:
