@@ -185,7 +185,8 @@ class VQSA(nn.Module):
         loss = total_loss(ce, vq, commit, self.config.beta, self.config.lambda_ce)
         moving = self.codebook is not None and self.codebook.upkeep is not None
         kept_ND = features_ND.detach() if moving and features_ND is not None else None
-        return Losses(loss, ce, vq, commit, logits, code_index, z_BD.detach().isfinite().all(1), kept_ND)
+        finite_B = z_BD.detach().isfinite().all(1)
+        return Losses(loss, ce, vq, commit, logits, code_index, finite_B, kept_ND)
 
     @torch.no_grad()
     def initialise_codebook(self, *images: Tensor) -> None:

@@ -41,7 +41,7 @@ class GlobalBatch:
         if count % parts:
             raise ValueError(f"{count} features do not divide into {parts} equal parts")
         if count == 0:
-            raise ValueError("the codebook needs at least one feature per batch; give an image")
+            raise ValueError("the codebook can take nothing from a batch without features; give an image")
         self.size = count // parts
         self.total = count * self.ranks
         self.finite_N = self.z_ND.isfinite().all(1)
