@@ -58,6 +58,7 @@ def _printable(name: str) -> str:
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 # Of a shard, which may be somebody else's file: anything that stays in the folder and can be printed.
 ShardName = Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$", max_length=250), AfterValidator(_printable)]
+Storage = Literal["webdataset", "ffcv"]
 Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -89,7 +90,7 @@ class Header(_Record):
 
     format: Literal["vqsa-shards"] = "vqsa-shards"
     version: Literal[1] = 1
-    storage: Literal["webdataset", "ffcv"] = "webdataset"
+    storage: Storage = "webdataset"
     """How the shard files are laid out: WebDataset tars or FFCV `.beton` files; the table is the same."""
     name: FileName
     samples: Count

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
-from shards.manifest import ShardFile, Table
+from shards.manifest import ShardFile, Storage, Table
 
 
 def joined_mark(piece: Path) -> Path:
@@ -52,6 +52,8 @@ class ShardWriter(Protocol):
 class Target(Protocol):
     """A kind of shard file."""
 
+    storage: Storage
+    """What the manifest calls it."""
     suffix: str
     """Of a shard's name: `.tar`."""
     beside: tuple[str, ...]

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import xxhash
 from webdataset import TarWriter
 
-from shards.manifest import ShardFile, Table, sync_folder, write_file
+from shards.manifest import ShardFile, Storage, Table, sync_folder, write_file
 from shards.target import Record
 
 _BLOCK = 512
@@ -115,6 +115,7 @@ class TarShardWriter:
 class TarTarget:
     """WebDataset tars; see `shards.target.Target`."""
 
+    storage: Storage = "webdataset"
     suffix = ".tar"
     beside: tuple[str, ...] = (".idx",)
     joined = False
