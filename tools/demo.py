@@ -117,6 +117,7 @@ def demo(command: DemoCommand) -> None:
     run("tools/report.py", "--run", run_folder)
 
     results = json.loads(results_file.read_text())
+    results |= next(iter(results["models"].values()))
     rates = [r["rate_img_s"] for r in read_metrics(run_folder / "metrics.jsonl") if "rate_img_s" in r]
     samples = sum(len(list((source / split).glob("*/*"))) for split in shard_sets)
     print("\n" + "=" * 78)

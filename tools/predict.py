@@ -90,7 +90,9 @@ def read_image(path: Path, config: PipelineConfig) -> Tensor:
             picture = image.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is no readable image ({error}); give a JPEG or PNG file") from None
-    resized = functional.resize(picture, [config.resize_shorter])
+    resized = functional.resize(
+        picture, [config.resize_shorter], functional.InterpolationMode(config.eval_interpolation)
+    )
     cropped = functional.center_crop(resized, [config.image_size, config.image_size])
     return normalise(torch.from_numpy(np.array(cropped))[None], config)
 

@@ -185,6 +185,7 @@ def page(run: Path, evaluation: Path) -> str:
     if not (evaluation / "results.json").is_file():
         raise FileNotFoundError(f"{evaluation} has no results.json; run tools/evaluate.py first")
     results = json.loads((evaluation / "results.json").read_text())
+    results |= next(iter(results["models"].values()))
     if results["step"] != found.step:
         raise ValueError(
             f"{evaluation} has the results of step {results['step']}, but {run} has gone on to step {found.step}; "
@@ -195,7 +196,7 @@ def page(run: Path, evaluation: Path) -> str:
     if results["mean_corruption_error"] is not None:
         tiles += [
             _tile(f"{100 * results['mean_corruption_error']:.1f} %", "mean corruption error, unnormalised"),
-            _tile(f"{results['mce']:.1f} %", results["mce_label"]),
+            _tile("none" if results["mce"] is None else f"{results['mce']:.1f} %", results["mce_label"]),
         ]
     if results["unknown_top1"] is not None:
         tiles.append(_tile(f"{100 * results['unknown_top1']:.1f} %", "top-1 on the four held-out kinds"))

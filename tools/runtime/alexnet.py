@@ -28,3 +28,6 @@ ALEXNET_ERROR = {
     "spatter": 0.717512,
     "saturate": 0.658248,
 }
+
+ALEXNET_CLEAN_ERROR = 0.43478
+"""Top-1 error of torchvision's AlexNet on ImageNet's validation images (accuracy 56.522 %), for relative mCE."""

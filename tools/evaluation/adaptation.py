@@ -1,0 +1,144 @@
+"""Test-time adaptation: batch normalisation with the statistics of the images it is tested on.
+
+For every cell the running statistics are taken anew from unlabelled images of that cell (arXiv:2006.16971). They
+depend on the seed alone: not on the batch size of the evaluation or the number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.loader import EvaluationLoader
+from pipeline.normalise import normalise
+from pipeline.order import permutation
+from tools.evaluation.models import Classifier
+from tools.evaluation.passes import Pass, Settings, cell_pixels, pipeline_of
+from tools.runtime.results import CellName
+
+BATCH = 64
+SUFFIX = "+bn"
+
+
+def adaptable(classifier: Classifier, images: int, prior: int) -> Classifier:
+    """Return a copy of the classifier that is a row of its own in the results.
+
+    Raises:
+        ValueError: if it has no batch normalisation.
+    """
+    if not _layers(classifier.net):
+        raise ValueError(f"--adapt-bn: {classifier.name} has no batch normalisation to adapt")
+    return Classifier(
+        classifier.name + SUFFIX,
+        copy.deepcopy(classifier.net),
+        classifier.preprocessing,
+        classifier.classes,
+        {**classifier.source, "adapted": "batch-norm statistics", "images": images, "prior": prior},
+        classifier.trained_on,
+    )
+
+
+def _layers(net: nn.Module) -> list[_BatchNorm]:
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+class CellStatistics:
+    """The statistics of every cell of a pass, put into a classifier before it sees the cell.
+
+    Args:
+        classifier: made by `adaptable`; its own statistics are the training's.
+        part: images and cells.
+        images: how many images of each cell to adapt on, a seeded choice; all where there are fewer.
+        prior: weight of the training statistics, in images.
+        settings: see Settings.
+    """
+
+    def __init__(
+        self, classifier: Classifier, part: Pass, images: int, prior: int, settings: Settings
+    ) -> None:
+        self._layers = _layers(classifier.net)
+        self._trained = [_statistics(layer) for layer in self._layers]
+        self._of: dict[CellName, list[tuple[Tensor, Tensor]]] = {}
+        self._current: CellName | None = None
+        count = min(images, len(part.sample_N))
+        chosen_N = np.sort(part.sample_N[permutation(len(part.sample_N), settings.seed, 1)[:count]])
+        self._share = count / (count + prior)
+        self._take(classifier, part, chosen_N, settings)
+
+    @torch.no_grad()
+    def _take(self, classifier: Classifier, part: Pass, chosen_N: np.ndarray, settings: Settings) -> None:
+        config = pipeline_of(classifier.preprocessing, part, settings.threads)
+        loader = EvaluationLoader(
+            part.store,
+            config,
+            batch=BATCH,
+            device_id=settings.device_id,
+            sample_id=chosen_N,
+            on_damaged=settings.on_damaged,
+        )
+        sums: dict[CellName, list[tuple[Tensor, Tensor]]] = {}
+        seen = 0
+        try:
+            for batch in loader:
+                images_u8 = batch.images_u8.to(settings.device)
+                seen += len(images_u8)
+                for cell in part.cells:
+                    pixels = images_u8
+                    if not part.on_disk:
+                        pixels = cell_pixels(
+                            images_u8, batch.sample_id.numpy(), cell, config.constants, replace(settings)
+                        )
+                    weight = len(images_u8)
+                    found = [
+                        (weight * m, weight * v)
+                        for m, v in self._batch(classifier, normalise(pixels, config))
+                    ]
+                    if cell in sums:
+                        found = [(a + c, b + d) for (a, b), (c, d) in zip(sums[cell], found, strict=True)]
+                    sums[cell] = found
+        finally:
+            loader.close()
+        for cell, totals in sums.items():
+            self._of[cell] = [
+                (
+                    self._share * mean / seen + (1 - self._share) * trained_mean,
+                    self._share * var / seen + (1 - self._share) * trained_var,
+                )
+                for (mean, var), (trained_mean, trained_var) in zip(totals, self._trained, strict=True)
+            ]
+
+    def _batch(self, classifier: Classifier, images_BCHW: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's statistics of one batch, as batch normalisation computes them in training."""
+        for layer in self._layers:
+            layer.train()
+            layer.reset_running_stats()
+            momentum, layer.momentum = layer.momentum, 1.0
+        try:
+            classifier(images_BCHW)
+        finally:
+            for layer in self._layers:
+                layer.momentum = momentum
+                layer.eval()
+        return [_statistics(layer) for layer in self._layers]
+
+    def put(self, cell: CellName) -> None:
+        """Give the classifier the statistics of a cell."""
+        if cell == self._current:
+            return
+        for layer, (mean, var) in zip(self._layers, self._of[cell], strict=True):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+        self._current = cell
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.clone(), layer.running_var.clone()

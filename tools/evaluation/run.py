@@ -1,0 +1,376 @@
+"""One evaluation from the request to the files: models x sets, interrupted and continued at will."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+from pipeline.corruptions import available_kinds, kind_id
+from pipeline.order import permutation
+from shards import Store
+from tools.evaluation import adaptation, models, sets
+from tools.evaluation.cells import cells_from_outcomes, intervals
+from tools.evaluation.classes import outputs_of
+from tools.evaluation.command import EvaluateCommand
+from tools.evaluation.models import Classifier
+from tools.evaluation.outcomes import Outcomes, Snapshots
+from tools.evaluation.passes import Pass, Scorer, Settings, geometry
+from tools.evaluation.sets import Source
+from tools.evaluation.verdict import verdict
+from tools.runtime import checkpoint
+from tools.runtime.device import loader_device_id
+from tools.runtime.optim import autocast_dtype
+from tools.runtime.results import CLEAN, Cell, CellName, as_json, summarise, table, write_csv
+
+PARTIAL = "partial"
+
+
+@dataclass
+class Findings:
+    """What is known of one model when all sets are read."""
+
+    classifier: Classifier
+    cells: list[Cell]
+    parts: list[tuple[list[CellName], list[str], Outcomes]]
+    """Per set: its cells, the keys of its images, and what was found on them."""
+
+
+def evaluate(command: EvaluateCommand) -> dict[str, Any]:
+    """Run the evaluation; prints the tables, writes results.json and cells.csv, returns the JSON's content.
+
+    Raises:
+        FileNotFoundError: no checkpoint or no images there.
+        ValueError: classes of data and model differ, an unknown kind or model, more images asked for than there are,
+            images on disk of another size, partial results of another evaluation in the folder.
+    """
+    state = Accelerator()  # unlike PartialState, it also joins several processes on a CPU
+    checkpoint.code_version()
+    classifiers = load_models(command, state.device)
+    sources = list_sources(command, classifiers)
+    settings = Settings(
+        seed=command.seed,
+        flavour=command.flavour,
+        jpeg85=command.jpeg85,
+        precision=autocast_dtype(command.precision),
+        batch=command.batch,
+        threads=command.threads,
+        on_damaged="stop" if command.on_damaged == "stop" else "replace",
+        device=state.device,
+        device_id=loader_device_id(state.device),
+        rank=state.process_index,
+        ranks=state.num_processes,
+    )
+    out = command.out or _run_folder(Path(classifiers[0].source["checkpoint"])) / "evaluation"
+    partial = out / PARTIAL
+    if state.is_main_process:
+        claim(partial, fingerprint(command, classifiers), fresh=command.fresh)
+    state.wait_for_everyone()
+
+    findings = {c.name: Findings(c, [], []) for c in classifiers}
+    damaged: dict[str, str] = {}
+    began_s, scored = time.perf_counter(), 0
+    # A log file wants a line now and then, a screen a moving bar.
+    interval_s = 1 if sys.stderr.isatty() else 30
+    cells = sum(len(source.cells) for source in sources)
+    with tqdm(unit="img", disable=not state.is_main_process, mininterval=interval_s) as bar:
+        for number, source in enumerate(sources):
+            store = source.open()
+            part = Pass(
+                source.name,
+                store,
+                chosen(store, command),
+                source.cells,
+                source.on_disk,
+                source.resize,
+                source.mask,
+            )
+            if number == 0:  # the sets of one evaluation have about as many images each
+                bar.total = len(part.sample_N) * cells * len(classifiers) // state.num_processes
+            outcomes, part_damaged, part_scored = read_set(
+                part, classifiers, settings, command, partial, state, bar
+            )
+            store.close()
+            damaged |= part_damaged
+            scored += part_scored
+            keys = [store.key(i) for i in part.sample_N.tolist()]
+            for name, found in outcomes.items():
+                findings[name].cells += cells_from_outcomes(source.cells, found)
+                findings[name].parts.append((source.cells, keys, found))
+    rate_img_s = scored / (time.perf_counter() - began_s)
+    report: dict[str, Any] = {
+        "commit": checkpoint.code_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "data": str(command.data or command.imagenet_c or command.imagenet_c_bar or command.sets[0]),
+        "seed": command.seed,
+        "flavour": command.flavour,
+        "jpeg85": command.jpeg85,
+        "precision": command.precision,
+        "images": max(cell.images for f in findings.values() for cell in f.cells),
+        "environment": environment(state),
+        "rate_img_s": rate_img_s,
+        "damaged": damaged,
+        "models": {name: describe(f, command) for name, f in findings.items()},
+    }
+    if state.is_main_process:
+        write(out, report, findings)
+        for name, f in findings.items():
+            print(f"\n{name}")
+            print(
+                table(
+                    f.cells,
+                    len(f.classifier.classes),
+                    partial=command.partial_mce,
+                    released_bug=command.released_mce_bug,
+                )
+            )
+            print(report["models"][name]["verdict"])
+        if damaged:
+            print(f"left out: {len(damaged)} damaged images, named in {out / 'results.json'}")
+        print(f"\n{rate_img_s:.0f} scores/s over {cells} cells and {len(findings)} models; written to {out}")
+        shutil.rmtree(partial)
+    return report
+
+
+def load_models(command: EvaluateCommand, device: torch.device) -> list[Classifier]:
+    """Open all models asked for, on the device, and the adapted copies where they were asked for."""
+    classifiers = [models.from_checkpoint(path) for path in command.checkpoint]
+    classifiers += [models.from_name(spec) for spec in command.models]
+    models.unique_names(classifiers)
+    if command.adapt_bn is not None:
+        classifiers += [
+            adaptation.adaptable(c, command.adapt_bn, command.adapt_prior) for c in list(classifiers)
+        ]
+    for classifier in classifiers:
+        classifier.net.to(memory_format=torch.channels_last).to(device).eval()
+        models.check_outputs(classifier, device)
+    return classifiers
+
+
+def list_sources(command: EvaluateCommand, classifiers: Sequence[Classifier]) -> list[Source]:
+    """List the sets to read.
+
+    Raises:
+        ValueError: an unknown kind, a set without a name, models of several sizes with images that are not resized.
+    """
+    found = []
+    if command.data is not None:
+        kinds = list(command.kinds)
+        if kinds == ["all"]:
+            kinds = list(available_kinds())[1:]
+        elif kinds == ["none"]:
+            kinds = []
+        for kind in kinds:
+            kind_id(kind)
+        found.append(sets.made_on_the_fly(command.data, kinds, command.mask_classes))
+    for benchmark, root in (("imagenet-c", command.imagenet_c), ("imagenet-c-bar", command.imagenet_c_bar)):
+        if root is None:
+            continue
+        sizes = sorted({c.preprocessing.size for c in classifiers})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"--{benchmark}: the models take images of {' and '.join(map(str, sizes))} pixels, but those on disk "
+                "have one size and are not resized; evaluate the models one size at a time"
+            )
+        found += sets.corruptions_on_disk(root, benchmark, sizes[0], command.mask_classes)
+    for named in command.sets:
+        name, equals, path = named.partition("=")
+        if not equals:
+            raise ValueError(f"--sets {named!r}: wanted NAME=PATH, such as imagenet-r=/data/imagenet-r")
+        found.append(sets.plain_set(name, Path(path)))
+    every = [cell for source in found for cell in source.cells]
+    twice = sorted({cell for cell in every if every.count(cell) > 1 and cell[0] != CLEAN})
+    if twice:
+        raise ValueError(
+            f"{twice[0][0]} severity {twice[0][1]} would be scored twice, on the fly and on disk, and the two are not "
+            "the same benchmark; evaluate them apart, or say --kinds none"
+        )
+    if every.count((CLEAN, 0)) > 1:
+        found = [source for source in found if source.cells != [(CLEAN, 0)]]
+    return found
+
+
+def chosen(store: Store, command: EvaluateCommand) -> npt.NDArray[np.int64]:
+    """Return the samples of a set that take part: all, or a seeded subset, ascending."""
+    if command.images is None:
+        return np.arange(len(store), dtype=np.int64)
+    if command.images > len(store):
+        raise ValueError(f"--images asks for {command.images}, but {store.path} has {len(store)}")
+    subset: npt.NDArray[np.int64] = np.sort(permutation(len(store), command.seed, 0)[: command.images])
+    return subset
+
+
+def read_set(
+    part: Pass,
+    classifiers: Sequence[Classifier],
+    settings: Settings,
+    command: EvaluateCommand,
+    partial: Path,
+    state: Accelerator,
+    bar: Any,
+) -> tuple[dict[str, Outcomes], dict[str, str], int]:
+    """Score all models on one set, over all processes; returns outcomes by model, damage, and scores made now."""
+    names = [c.name for c in classifiers]
+    outputs = [
+        outputs_of(part.store.classes, c.classes, str(part.store.path), f"the model {c.name}", mask=part.mask)
+        for c in classifiers
+    ]
+    snapshots = Snapshots(partial, part.name)
+    # Read by one process and told to all: a file that another process writes meanwhile must not count.
+    told = [snapshots.load(names) if state.is_main_process else None]
+    earlier: dict[str, Outcomes] = broadcast_object_list(told)[0]
+    own: dict[str, Outcomes] = {}
+    damaged: dict[int, str] = {}
+    scored = 0
+
+    def progress(count: int) -> None:
+        nonlocal scored
+        scored += count
+        bar.update(count)
+
+    for shown in {geometry(c.preprocessing): None for c in classifiers}:
+        at = [i for i, c in enumerate(classifiers) if geometry(c.preprocessing) == shown]
+        group = [classifiers[i] for i in at]
+        before = {c.name: earlier[c.name].done_CN for c in group if c.name in earlier}
+        statistics = {
+            c.name: adaptation.CellStatistics(c, part, command.adapt_bn or 0, command.adapt_prior, settings)
+            for c in group
+            if c.name.endswith(adaptation.SUFFIX) and "adapted" in c.source
+            if c.name not in before or not before[c.name].all()
+        }
+
+        def prepare(classifier: Classifier, cell: CellName, statistics: dict[str, Any] = statistics) -> None:
+            if classifier.name in statistics:
+                statistics[classifier.name].put(cell)
+
+        scorer = Scorer(part, group, [outputs[i] for i in at], before, settings, prepare)
+
+        scorer.run(progress, snapshots.save, command.save_every_s)
+        own |= scorer.found
+        damaged |= scorer.damaged
+    whole: dict[str, Outcomes] = {}
+    for piece in [earlier, *gather_object([own])]:
+        for name, found in piece.items():
+            if name in whole:
+                whole[name].add(found)
+            else:
+                whole[name] = found
+    unfinished = [name for name, found in whole.items() if not found.done_CN.all()]
+    if unfinished:
+        raise RuntimeError(
+            f"{part.name}: {unfinished} not scored on all images; this is a mistake in the program"
+        )
+    named = {part.store.location(i): why for i, why in gather_object(list(damaged.items()))}
+    for i in np.flatnonzero(whole[names[0]].damaged_N).tolist():
+        where = part.store.location(int(part.sample_N[i]))
+        named.setdefault(where, "damaged; met before the evaluation was continued")
+    return whole, named, sum(gather_object([scored]))
+
+
+def fingerprint(command: EvaluateCommand, classifiers: Sequence[Classifier]) -> dict[str, Any]:
+    """Return what decides the numbers, to be the same when an evaluation is continued."""
+    asked = command.model_dump(mode="json")
+    free = ("checkpoint", "models", "out", "fresh", "batch", "threads", "partial_mce", "released_mce_bug")
+    for name in (*free, "save_every_s"):
+        asked.pop(name)
+    described = [
+        {"name": c.name, "preprocessing": c.preprocessing.model_dump(mode="json"), **c.source}
+        for c in classifiers
+    ]
+    return {**asked, "models": described}
+
+
+def claim(partial: Path, wanted: dict[str, Any], *, fresh: bool) -> None:
+    """Make the folder of partial results, or take over the one of the same evaluation.
+
+    Raises:
+        ValueError: if there are partial results of another one.
+    """
+    if fresh and partial.exists():
+        shutil.rmtree(partial)
+    file = partial / "evaluation.json"
+    wanted = json.loads(json.dumps(wanted))
+    # What left no results behind (a refused request, say) stands in nobody's way.
+    if file.is_file() and any(partial.glob("*.npz")):
+        found = json.loads(file.read_text())
+        different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        if different:
+            raise ValueError(
+                f"{partial} holds the partial results of another evaluation (different: {', '.join(different)}); "
+                "repeat that command to finish it, give another --out, or say --fresh to throw them away"
+            )
+        print(f"going on with the partial results in {partial}")
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=1))
+
+
+def describe(findings: Findings, command: EvaluateCommand) -> dict[str, Any]:
+    """Return what results.json says of one model."""
+    summary = summarise(findings.cells, partial=command.partial_mce, released_bug=command.released_mce_bug)
+    classifier = findings.classifier
+    return {
+        **classifier.source,
+        "classes": len(classifier.classes),
+        "preprocessing": classifier.preprocessing.model_dump(mode="json"),
+        "trained_on": None if classifier.trained_on is None else list(classifier.trained_on),
+        "verdict": verdict(classifier.name, classifier.trained_on, summary),
+        **as_json(summary),
+        "intervals_95": joint_intervals(findings, command.seed),
+        "released_mce_bug": command.released_mce_bug,
+    }
+
+
+def joint_intervals(findings: Findings, seed: int) -> dict[str, tuple[float, float]]:
+    """Return bootstrap intervals over the images that all cells of the benchmarks share; empty where they differ."""
+    parts = [part for part in findings.parts if len(part[0]) > 1 or part[0][0][1] or part[0][0][0] == CLEAN]
+    if not parts or any(part[1] != parts[0][1] for part in parts):
+        return {}
+    names = [cell for cells, _, _ in parts for cell in cells]
+    sound_N = ~np.any([found.damaged_N for _, _, found in parts], axis=0)
+    return intervals(names, np.concatenate([found.top1_CN for _, _, found in parts])[:, sound_N], seed)
+
+
+def environment(state: Accelerator) -> dict[str, Any]:
+    """Return what the numbers were made with."""
+    cuda = state.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "processes": state.num_processes,
+    }
+
+
+def write(out: Path, report: dict[str, Any], findings: dict[str, Findings]) -> None:
+    """Write results.json, cells.csv and, for reports, how often each code was used in each cell."""
+    write_csv(out / "cells.csv", {name: f.cells for name, f in findings.items()})
+    usage: dict[str, Any] = {}
+    for name, f in findings.items():
+        for cells, _, found in f.parts:
+            for row, (kind, severity) in zip(found.usage_CK, cells, strict=True):
+                if row.size:
+                    usage[f"{name}/{kind}/{severity}"] = row
+    if usage:
+        np.savez_compressed(out / "code_usage.npz", **usage)
+    temporary = out / "results.json.tmp"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(out / "results.json")
+
+
+def _run_folder(checkpoint_path: Path) -> Path:
+    return checkpoint_path.parent.parent if checkpoint_path.parent.name == "checkpoints" else checkpoint_path

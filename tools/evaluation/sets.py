@@ -1,0 +1,140 @@
+"""Which images an evaluation reads: shards, folders, ImageNet-C on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import shards
+from pipeline.corruptions import KINDS
+from pipeline.corruptions.kinds import suggest
+from shards import Store
+from tools.evaluation.folder import SUFFIXES, open_files, open_folder
+from tools.runtime.results import C_BAR_KINDS, CLEAN, SEVERITIES, CellName
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of images to be opened when its turn comes.
+
+    name: of the set; unique.
+    cells: the cells it gives.
+    open: opens it.
+    on_disk: scored as it is, in one cell.
+    resize: False where images must have the model's size already.
+    mask: score among the classes that the set has.
+    """
+
+    name: str
+    cells: list[CellName]
+    open: Callable[[], Store]
+    on_disk: bool = False
+    resize: bool = True
+    mask: bool = False
+
+
+def open_images(path: Path, name: str = "") -> Store:
+    """Open a shard set, or a folder of class folders."""
+    if (path / "manifest.json").is_file():
+        return shards.open(path)
+    if path.is_dir() and any(p.is_dir() for p in path.iterdir()):
+        return open_folder(path, name or path.resolve().name)
+    return shards.open(path)  # says what is wrong with it
+
+
+def made_on_the_fly(path: Path, kinds: list[str], mask: bool) -> Source:
+    """Clean images, and their corruptions made in the same pass."""
+    cells = [(CLEAN, 0), *((kind, severity) for kind in kinds for severity in SEVERITIES)]
+    return Source("on-the-fly", cells, lambda: open_images(path), mask=mask)
+
+
+def plain_set(name: str, path: Path) -> Source:
+    """ImageNet-V2, -Sketch, -A, -R and the like: class folders, scored among the classes they have.
+
+    Raises:
+        ValueError: the name is a corruption's.
+    """
+    if not name or name == CLEAN or name in (*KINDS, *C_BAR_KINDS):
+        raise ValueError(
+            f"--sets: {name!r} cannot be the name of a set, it is a kind of image in the results"
+        )
+    return Source(name, [(name, 0)], lambda: open_images(path, name), on_disk=True, mask=True)
+
+
+def corruptions_on_disk(root: Path, benchmark: str, side: int, mask: bool) -> list[Source]:
+    """List `<corruption>/<severity>/<class>/<image>`, and `clean/<class>/<image>` where it is there.
+
+    Args:
+        root: the folder.
+        benchmark: its name in messages and file names.
+        side: images must be `side` x `side` pixels; the first one of each cell is looked at now, the others when
+            their cell is opened.
+        mask: score among the classes that the folder has.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, another layout, an unknown corruption, images of another size.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root}: no such folder; --{benchmark} wants <corruption>/<severity>/<class>/<image>"
+        )
+    sources: list[Source] = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        kind = folder.name
+        if kind == CLEAN:
+            sources.insert(0, _cell(folder, (CLEAN, 0), benchmark, side, mask))
+            continue
+        known = (*KINDS[1:], *C_BAR_KINDS)
+        if kind not in known:
+            raise ValueError(
+                f"{folder}: {kind!r} is no corruption of ImageNet-C or ImageNet-C-bar{suggest(kind, known)}; "
+                f"--{benchmark} wants <corruption>/<severity>/<class>/<image>"
+            )
+        # ImageNet-C-bar's severities are real numbers: the mildest is 1, the strongest 5.
+        found = sorted(
+            (p for p in folder.iterdir() if p.is_dir() and _number(p.name) is not None), key=_severity
+        )
+        whole = [p for p in found if p.name in "12345"]
+        numbered = {int(p.name): p for p in whole} if len(whole) == len(found) else dict(enumerate(found, 1))
+        if not found or len(found) > len(SEVERITIES):
+            raise ValueError(
+                f"{folder}: wanted a folder for each severity 1 to 5, found "
+                f"{', '.join(p.name for p in found) or 'none'}"
+            )
+        for number, path in numbered.items():
+            sources.append(_cell(path, (kind, number), benchmark, side, mask))
+    if not sources:
+        raise ValueError(
+            f"{root}: no corruption folders; --{benchmark} wants <corruption>/<severity>/<class>/<image>"
+        )
+    return sources
+
+
+def _number(name: str) -> float | None:
+    try:
+        return float(name)
+    except ValueError:
+        return None
+
+
+def _severity(path: Path) -> float:
+    return float(path.name)
+
+
+def _cell(path: Path, cell: CellName, benchmark: str, side: int, mask: bool) -> Source:
+    name = f"{benchmark}/{cell[0]}/{cell[1]}"
+
+    def open_cell() -> Store:
+        return open_folder(path, name, side)
+
+    _check_first(path, side)
+    return Source(name, [cell], open_cell, on_disk=True, resize=False, mask=mask)
+
+
+def _check_first(path: Path, side: int) -> None:
+    """Refuse a cell whose first image has another size, before any cell is scored."""
+    first = next((p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), None)
+    if first is None:
+        raise ValueError(f"{path}: no JPEG or PNG images; wanted <class>/<image>")
+    open_files(path, [first], [0], ["any"], "first", side).close()
