@@ -59,6 +59,9 @@ class PipelineConfig(BaseModel):
     eval_resize: int | None = Field(None, ge=32)
     """Shorter side before the evaluation's centre crop. Unset: image_size * 256 / 224."""
 
+    eval_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the evaluation's resize, antialiased as Pillow's. Training crops are always bilinear."""
+
     decode: Literal["exact", "fast"] = "exact"
     """GPU decoding. exact: the same pixels for any batch size. fast: also uses the hardware JPEG
     decoder, whose pixels differ slightly from the other decoder's."""

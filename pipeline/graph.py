@@ -92,7 +92,9 @@ def define(
             source=source, num_outputs=len(dtypes), batch=True, no_copy=True, dtype=dtypes, ndim=ndims
         )
         image = _decode(config, jpeg, anchor, window, device)
-        image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        cubic = not training and config.eval_interpolation == "bicubic"
+        interpolation = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
+        image = fn.resize(image, size=size, interp_type=interpolation, antialias=True)
         if not training:
             (offset,) = rest
             side = [config.image_size] * 2
