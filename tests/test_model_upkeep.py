@@ -104,7 +104,7 @@ def test_unused_codes_come_back_as_features_of_the_batch() -> None:
     assert len({tuple(row) for row in book.codes.detach()[4:].tolist()}) == 6
     assert upkeep.ema_count_K[4:].eq(1).all()
     assert not torch.equal(book.codes[:4], start_KD[:4])
-    for seed in range(4, 7):
+    for _ in range(3):
         _step(book, z_ND)
     assert upkeep.revived == 6, "a revived code sits on a feature of this batch, so it is in use"
 
