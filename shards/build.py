@@ -36,7 +36,7 @@ from shards.options import BuildOptions, BuildReport
 from shards.parts import Part, finished_part, forget_stale_join
 from shards.plan import TARGETS, WORK, Task, make_plan, one_file, source_hash
 from shards.side_files import side_files
-from shards.source_folder import list_image_folder
+from shards.sources import list_source
 from shards.workers import write_missing
 from shards.write_shard import BadImageError, write_shard
 
@@ -101,7 +101,7 @@ def _write_rejected(out: Path, rejected: list[tuple[str, str]]) -> None:
 
 
 def build(options: BuildOptions, progress: bool = True) -> BuildReport:
-    """Build a shard set from an image folder, or go on with an unfinished one.
+    """Build a shard set, or go on with an unfinished one.
 
     Args:
         options: what to build.
@@ -114,7 +114,7 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
             first one, and keeps the shards that were finished).
         OSError: an output file cannot be written, for example on a full disk; run again to go on.
     """
-    listing = list_image_folder(options.source)
+    listing = list_source(options)
     tasks = make_plan(options, listing)
     image_bytes = sum(sample.size for sample in listing.samples)
     source = source_hash(tasks)
@@ -224,6 +224,7 @@ def _finish(
         shards = [whole]
     encoded = encode_table(table)
     header = Header(
+        storage=TARGETS[options.target].storage,
         name=options.name,
         samples=len(table),
         classes=classes,

@@ -31,13 +31,18 @@ def sample_key(class_name: str, path: str) -> str:
     stem, dot, _ = base.rpartition(".")
     stem = stem if dot and stem else base
     whole = f"{folder}/{stem}" if folder else stem
-    if not whole.startswith(f"{class_name}_"):
+    if class_name and not whole.startswith(f"{class_name}_"):
         whole = f"{class_name}_{whole}"
-    text = unicodedata.normalize("NFC", whole)
-    key = "".join(c if c.isalnum() or c in "_-" else "_" for c in text)
+    return clean_key(whole)
+
+
+def clean_key(text: str) -> str:
+    """A name with what readers could trip over as `_`, cut with a hash where it is long; a clean one as it is."""
+    normal = unicodedata.normalize("NFC", text)
+    key = "".join(c if c.isalnum() or c in "_-" else "_" for c in normal)
     if len(key.encode()) <= _MAX_BYTES:
         return key
-    digest = xxhash.xxh3_64_hexdigest(whole.encode("utf-8", "surrogateescape"))[:_HASH_DIGITS]
+    digest = xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogateescape"))[:_HASH_DIGITS]
     head = key.encode()[: _MAX_BYTES - _HASH_DIGITS - 1].decode(errors="ignore")
     return f"{head}-{digest}"
 

@@ -20,13 +20,20 @@ class BuildOptions:
     """What to build, from what, and how."""
 
     source: Path
-    """Folder with one folder of images per class: SOURCE/<class>/<image>."""
+    """Folder SOURCE/<class>/<image>; ILSVRC2012_img_train.tar, or a folder of its class tars;
+    ILSVRC2012_img_val.tar (with --labels); a .csv or .jsonl list of `path` and `label` or `class`; a shard set,
+    WebDataset tars (a folder, or a pattern with braces); or a .beton."""
     out: Path
     """Folder for the shard set; made where it is not there."""
     name: FileName
     """Name of the set; its shards are <name>-000000.tar and so on."""
-    target: Literal["tar"] = "tar"
-    """Kind of the shards: WebDataset tars."""
+    target: Literal["tar", "beton"] = "tar"
+    """Kind of the shards: WebDataset tars, or FFCV .beton (one file unless a bound on the shards is given)."""
+    labels: Path | None = None
+    """Classes for a tar of images alone: the ILSVRC2012 devkit (.tar.gz or folder), LOC_val_solution.csv, a text
+    file of `image class` lines, or of one class a line in the order of the sorted images."""
+    classes: Path | None = None
+    """File with the class names, one a line, in the order of their labels; sorted names without it."""
     samples_per_shard: Annotated[int, Field(ge=1)] | None = None
     """Images in a shard; 1000 where neither this nor --bytes-per-shard is given."""
     bytes_per_shard: Annotated[int, Field(ge=1)] | None = None

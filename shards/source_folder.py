@@ -16,15 +16,8 @@ def list_image_folder(root: Path) -> Listing:
     Folders inside a class folder are walked too; names beginning with a dot are passed over.
 
     Raises:
-        FileNotFoundError: if the folder is not there.
         ValueError: if it holds no class folders, or one of them holds no images.
     """
-    if not root.exists():
-        raise FileNotFoundError(
-            f"{root}: no such folder; --source must be a folder of class folders with images"
-        )
-    if not root.is_dir():
-        raise ValueError(f"{root}: a file; --source must be a folder of class folders with images")
     with os.scandir(root) as entries:
         top = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     classes = [entry.name for entry in top if entry.is_dir()]
