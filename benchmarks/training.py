@@ -78,7 +78,7 @@ def _rates(step: Callable[[], object], command: TrainingBenchmark) -> dict[str, 
 
 def _trainer(config: RunConfig, classes: int, accelerator: Accelerator) -> Callable[[Any, Any], None]:
     net: nn.Module = model.build(config.model, classes).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(config.optim, net.parameters())
+    optimizer = make_optimizer(config.optim, net)
     net, optimizer = accelerator.prepare(net, optimizer)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:

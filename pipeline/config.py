@@ -49,6 +49,20 @@ class PipelineConfig(BaseModel):
     paired: bool = False
     """Give a clean and a corrupted view of the same crop; then no sample is drawn clean."""
 
+    mixup: float = Field(0.0, ge=0, le=4)
+    """Mix each image with its neighbour in the stream; the share is drawn from Beta(mixup, mixup). 0: off."""
+
+    cutmix: float = Field(0.0, ge=0, le=4)
+    """Fill a box of each image from its neighbour; its area is drawn from Beta(cutmix, cutmix). 0: off. With both,
+    each batch uses one of them, at even chances."""
+
+    mix_probability: float = Field(1.0, gt=0, le=1)
+    """Share of global batches that mixup or cutmix works on."""
+
+    augmix: Literal[0, 1, 2] = 0
+    """AugMix after the corruption. 1: the images are AugMix views. 2: each image comes with two AugMix views
+    beside it, for loss.consistency. The authors of AugMix train without corruptions: kinds = []."""
+
     flavour: Literal["bethge", "hendrycks"] = "bethge"
     """Reference followed where two differ: bethge is what the authors trained with (PyPI
     imagecorruptions), hendrycks what ImageNet-C was made with."""
@@ -68,6 +82,9 @@ class PipelineConfig(BaseModel):
 
     threads: int = Field(2, ge=1)
     """DALI CPU threads per process."""
+
+    prefetch: int = Field(2, ge=1)
+    """Batches DALI works on ahead of the training loop; each takes the memory of one."""
 
     read_threads: int = Field(4, ge=1)
     """Threads per process that read records ahead."""
@@ -120,6 +137,8 @@ class PipelineConfig(BaseModel):
             )
         if not self.kinds and self.paired:
             raise ValueError("pipeline.paired needs at least one corruption in pipeline.kinds")
+        if self.augmix and self.paired:
+            raise ValueError("pipeline.augmix and pipeline.paired both make views of an image; choose one")
         if self.resize_shorter < self.image_size:
             raise ValueError(
                 f"pipeline.eval_resize ({self.resize_shorter}) is smaller than image_size ({self.image_size})"

@@ -19,12 +19,10 @@ from pipeline.plan import Plan
 
 # Order of what the source hands to the graph: encoded bytes, then one array per planned quantity.
 _GEOMETRY = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 1)]
-_EVALUATION = [*_GEOMETRY, (types.INT32, 1)]
-_TRAINING = [*_GEOMETRY, (types.INT32, 0), (types.INT32, 0), (types.INT32, 0), (types.INT64, 0)]
+EVALUATION_INPUTS = [*_GEOMETRY, (types.INT32, 1)]
+TRAINING_INPUTS = [*_GEOMETRY, (types.INT32, 0), (types.INT32, 0), (types.INT32, 0), (types.INT64, 0)]
 
 fn: Any = dali_fn  # its functions are made at run time; ours is added when the operator is loaded
-
-PREFETCH = 2  # batches DALI works on ahead of the consumer
 
 
 def feed(data: list[np.ndarray[Any, np.dtype[np.uint8]]], plan: Plan, *, training: bool) -> tuple[Any, ...]:
@@ -36,7 +34,8 @@ def feed(data: list[np.ndarray[Any, np.dtype[np.uint8]]], plan: Plan, *, trainin
     return (*geometry, plan.flip_B, plan.kind_B, plan.severity_B, plan.key_B.view(np.int64))
 
 
-def _decode(config: PipelineConfig, jpeg: Any, anchor: Any, window: Any, device: str) -> Any:
+def decode(config: PipelineConfig, jpeg: Any, anchor: Any, window: Any, device: str) -> Any:
+    """Decode a window of each image: uint8 (h, w, 3)."""
     options: dict[str, Any] = {}
     if device == "gpu":
         # Two decoders with slightly different output share a batch unless the hardware one is off;
@@ -54,6 +53,19 @@ def _decode(config: PipelineConfig, jpeg: Any, anchor: Any, window: Any, device:
         adjust_orientation=False,
         device="mixed" if device == "gpu" else "cpu",
         **options,
+    )
+
+
+def resize(image: Any, size: Any, *, cubic: bool = False) -> Any:
+    """Resize to (height, width), antialiased as Pillow does."""
+    interpolation = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
+    return fn.resize(image, size=size, interp_type=interpolation, antialias=True)
+
+
+def corrupt(config: PipelineConfig, image: Any, kind: Any, severity: Any, key: Any) -> Any:
+    """Corrupt each image as planned; `dali_operator.load` must have been called."""
+    return fn.vqsa.corrupt(
+        image, kind=kind, severity=severity, key=key, flavour=config.flavour, constants=config.constants
     )
 
 
@@ -77,24 +89,23 @@ def define(
         device: "cpu" or "gpu"; only for constructing a GPU graph where there is no GPU.
 
     Outputs:
-        training: float32 (B, size, size, 3) normalised [and, in paired mode, the same of the clean crop].
+        training: float32 (B, size, size, 3) normalised [and, in paired mode, the same of the clean crop]; with
+            AugMix uint8.
         otherwise: uint8 (B, size, size, 3).
     """
     device = device or ("cpu" if device_id is None else "gpu")
     if training:
         dali_operator.load()
-    dtypes, ndims = (list(column) for column in zip(*(_TRAINING if training else _EVALUATION), strict=True))
+    dtypes, ndims = (list(column) for column in zip(*(TRAINING_INPUTS if training else EVALUATION_INPUTS), strict=True))
     graph = Pipeline(
-        batch_size=batch, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=PREFETCH
+        batch_size=batch, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=config.prefetch
     )
     with graph:
         jpeg, anchor, window, size, *rest = fn.external_source(
             source=source, num_outputs=len(dtypes), batch=True, no_copy=True, dtype=dtypes, ndim=ndims
         )
-        image = _decode(config, jpeg, anchor, window, device)
-        cubic = not training and config.eval_interpolation == "bicubic"
-        interpolation = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
-        image = fn.resize(image, size=size, interp_type=interpolation, antialias=True)
+        image = decode(config, jpeg, anchor, window, device)
+        image = resize(image, size, cubic=not training and config.eval_interpolation == "bicubic")
         if not training:
             (offset,) = rest
             side = [config.image_size] * 2
@@ -102,15 +113,17 @@ def define(
             return graph
         flip, kind, severity, key = rest
         clean = fn.flip(image, horizontal=flip)
-        corrupted = fn.vqsa.corrupt(
-            clean, kind=kind, severity=severity, key=key, flavour=config.flavour, constants=config.constants
-        )
+        corrupted = corrupt(config, clean, kind, severity, key)
+        if config.augmix:  # works on grey levels, after the graph
+            graph.set_outputs(corrupted)
+            return graph
         views = [corrupted, clean] if config.paired else [corrupted]
-        graph.set_outputs(*(_normalise(config, view) for view in views))
+        graph.set_outputs(*(normalise(config, view) for view in views))
     return graph
 
 
-def _normalise(config: PipelineConfig, image: Any) -> Any:
+def normalise(config: PipelineConfig, image: Any) -> Any:
+    """Return float32 HWC: (x / 255 - mean) / std per channel."""
     return fn.crop_mirror_normalize(
         image,
         dtype=types.FLOAT,

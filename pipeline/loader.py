@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.augmix import augmix, draw_chains
 from pipeline.config import PipelineConfig
+from pipeline.normalise import normalise
 from pipeline.order import Order, batch_positions
 from pipeline.plan import Plan, TrainingPlanner, centre_crop_plan
 from pipeline.stream import Stream
@@ -27,6 +29,7 @@ class TrainingBatch:
     kind, severity: int32 (B,), on the CPU; clean samples have 0, 0.
     sample_id, position: int64 (B,), on the CPU; position in the training stream.
     clean_images: in paired mode the same crops uncorrupted, as `images`; else None.
+    augmented: with augmix = 2 two AugMix views of the images, as `images`; else empty.
     damaged: bool (B,), on the CPU; True where a grey image stands in for a damaged record.
     """
 
@@ -37,7 +40,14 @@ class TrainingBatch:
     sample_id: Tensor
     position: Tensor
     clean_images: Tensor | None
+    augmented: tuple[Tensor, ...]
     damaged: Tensor
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """All views of the images that training sees: clean first in paired mode, AugMix's last."""
+        clean = () if self.clean_images is None else (self.clean_images,)
+        return (*clean, self.images, *self.augmented)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,11 @@ class TrainingLoader:
                 f"({config.batch_global}); lower pipeline.batch_global or add samples"
             )
         per_rank = config.batch_per_gpu or config.batch_global // ranks
+        if (config.mixup or config.cutmix) and per_rank % 2:
+            raise ValueError(
+                f"pipeline.mixup and cutmix mix neighbours, so every process needs an even number of images at a time; "
+                f"it has {per_rank}: choose another pipeline.batch_per_gpu or batch_global"
+            )
         if not per_rank or config.batch_global % (ranks * per_rank):
             raise ValueError(
                 f"pipeline.batch_global ({config.batch_global}) must be a multiple of {ranks} processes x "
@@ -137,16 +152,31 @@ class TrainingLoader:
         plan = read.plan
         labels_B = torch.from_numpy(np.asarray(self._store.label[plan.sample_B], np.int64))
         self._handed = read.number + 1
+        images = _nchw(outputs[0])
+        augmented: tuple[Tensor, ...] = ()
+        if self._config.augmix:
+            images, augmented = self._augmented(outputs[0], plan)
         return TrainingBatch(
-            images=_nchw(outputs[0]),
+            images=images,
             labels=labels_B.to(self._device, non_blocking=True),
             kind=torch.from_numpy(plan.kind_B),
             severity=torch.from_numpy(plan.severity_B),
             sample_id=torch.from_numpy(plan.sample_B),
             position=torch.from_numpy(plan.position_B),
             clean_images=_nchw(outputs[1]) if len(outputs) > 1 else None,
+            augmented=augmented,
             damaged=torch.from_numpy(read.damaged_B),
         )
+
+    def _augmented(self, image_u8_BSSC: Tensor, plan: Plan) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the images to train on and the views beside them."""
+        views = tuple(
+            augmix(image_u8_BSSC, draw_chains(self._seed, plan.epoch_B, plan.sample_B, view), self._config)
+            for view in range(self._config.augmix)
+        )
+        if len(views) == 1:
+            return views[0], ()
+        return normalise(image_u8_BSSC, self._config), views
 
     @property
     def damaged(self) -> Mapping[int, str]:

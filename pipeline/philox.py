@@ -34,6 +34,9 @@ class Purpose(IntEnum):
     NOISE_KEY = 4
     BAG = 5
     EVALUATION = 6
+    MIX = 7
+    AUGMIX = 8
+    MONITOR = 9
 
 
 def philox4x32(counter_N4: U32, key: tuple[int, int]) -> U32:

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,6 +112,7 @@ class ReadAhead:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vqsa-read")
         self._ahead: deque[Future[ReadBatch]] = deque()
         self._next = 0
+        self._reading: dict[int, tuple[float, list[int]]] = {}  # batch number: since when, which samples
 
     def seek(self, number: int) -> None:
         """Make `number` the next batch handed out; what was read ahead is dropped."""
@@ -122,7 +124,11 @@ class ReadAhead:
     def read(self, number: int) -> ReadBatch:
         """Plan and read one batch now, in the calling thread."""
         plan = self._plan_at(number)
-        records = self._store.fetch(plan.sample_B, check=True)
+        self._reading[number] = (time.monotonic(), plan.sample_B.tolist())
+        try:
+            records = self._store.fetch(plan.sample_B, check=True)
+        finally:
+            self._reading.pop(number, None)
         data: list[Any] = list(records.data)
         damaged_B = records.fault != 0
         for i in np.flatnonzero(damaged_B).tolist():
@@ -137,6 +143,22 @@ class ReadAhead:
             if damaged_B[i]:
                 data[i] = grey_jpeg(int(self._store.height[sample]), int(self._store.width[sample]))
         return ReadBatch(number, plan, data, damaged_B)
+
+    def reading(self) -> str:
+        """Say which reads are going on, longest first, for a message about a stuck source."""
+        now_s = time.monotonic()
+        going = sorted(self._reading.copy().items(), key=lambda item: item[1][0])
+        if not going:
+            return "no record is being read: the decoder or the corruptions are at work"
+        lines = []
+        for number, (since_s, samples) in going:
+            files = sorted({self._store.location(sample).split(",")[0] for sample in samples})
+            lines.append(
+                f"batch {number} ({len(samples)} records from {', '.join(files[:4])}"
+                f"{', …' if len(files) > 4 else ''}; first {self._store.location(samples[0])}) "
+                f"for {now_s - since_s:.0f} s"
+            )
+        return "reading " + "; ".join(lines)
 
     def next(self) -> ReadBatch:
         """Return the next batch, waiting for it if need be; raises what planning or reading raised."""

@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 class _Source:
     """What DALI calls for input. Holds no reference to the pipeline: such a cycle would leak its threads."""
 
-    def __init__(self, reader: ReadAhead, training: bool) -> None:
+    def __init__(self, reader: ReadAhead, training: bool, prefetch: int) -> None:
         self._reader = reader
         self._training = training
         self.in_flight: deque[ReadBatch] = deque()
         # no_copy=True: DALI reads our arrays for as long as it works on the batch.
-        self._alive: deque[ReadBatch] = deque(maxlen=graph.PREFETCH + 3)
+        self._alive: deque[ReadBatch] = deque(maxlen=prefetch + 3)
         self.error: BaseException | None = None
 
     def __call__(self) -> tuple[Any, ...]:
@@ -118,7 +118,7 @@ class Stream:
 
     def _build(self) -> None:
         self._reader.seek(self._next)
-        self._source = _Source(self._reader, self._training)
+        self._source = _Source(self._reader, self._training, self._config.prefetch)
         self._pipe = graph.define(
             self._config,
             self._source,
@@ -189,6 +189,10 @@ class Stream:
             log.debug("probe of sample %d: %s", plan.sample_B[i], error)
             return False
         return True
+
+    def reading(self) -> str:
+        """Say what is being read now, for a message about a stuck source."""
+        return self._reader.reading()
 
     def close(self) -> None:
         """Stop DALI's and the readers' threads."""

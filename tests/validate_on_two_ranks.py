@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import shards
 from pipeline.config import PipelineConfig
-from tools.runtime.config import RunConfig
-from train import validate
+from tools.runtime.monitor import MonitorConfig, validate
 
 
 class Constant(nn.Module):
@@ -29,8 +28,15 @@ def main() -> None:
     """Print the accuracy that the first process reports; it answers class 0, the second one no class there is."""
     accelerator = Accelerator()
     assert accelerator.num_processes == 2
-    config = RunConfig(pipeline=PipelineConfig(image_size=32, batch_global=8, kinds=()))
-    scores = validate(accelerator, Constant(3 * accelerator.process_index), shards.open(sys.argv[1]), config)
+    scores = validate(
+        accelerator,
+        Constant(3 * accelerator.process_index),
+        shards.open(sys.argv[1]),
+        monitor=MonitorConfig(),
+        pipeline=PipelineConfig(image_size=32, batch_global=8, kinds=()),
+        precision="fp32",
+        seed=0,
+    )
     if accelerator.is_main_process:
         print(f"accuracy {scores['val_top1_pct']:.2f}")
 

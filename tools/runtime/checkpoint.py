@@ -1,9 +1,10 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a folder `step_001200/` with what Accelerate saves (model.safetensors, optimizer, random
-states, registered objects) and `run.json`: step, resolved configuration, code version, file sizes. It is
-written under a temporary name, flushed to disk and renamed; run.json is written last, so a folder whose
-files do not match it is damaged.
+A checkpoint is a folder `step_001200/` with model.safetensors (the weights to use: the averaged ones where the run
+keeps an average, and then trained.safetensors has the others), training.pt (what else the next step depends on, see
+state.py) and run.json: step, resolved configuration, code version, sizes and checksums of the files. It is written
+under a temporary name, flushed to disk and renamed; run.json is written last, so a folder whose files do not match
+it is damaged.
 """
 
 from __future__ import annotations
@@ -14,19 +15,28 @@ import logging
 import os
 import shutil
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 log = logging.getLogger(__name__)
 
+Files = dict[str, Any]
+"""Contents of a checkpoint's files by name: named tensors for .safetensors, anything torch.save takes for .pt."""
+
 RUN_FILE = "run.json"
+MODEL_FILE = "model.safetensors"
+TRAINED_FILE = "trained.safetensors"
+TRAINING_FILE = "training.pt"
+BEST_LINK = "best"
 # torch.save reports a full disk as a plain RuntimeError of its zip writer.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
@@ -42,8 +52,8 @@ class Checkpoint:
     commit: str
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """Return the model's tensors, on the CPU; loading executes nothing."""
-        state: dict[str, torch.Tensor] = load_file(self.path / "model.safetensors")
+        """Return the tensors of the model to use, on the CPU; loading executes nothing."""
+        state: dict[str, torch.Tensor] = load_file(self.path / MODEL_FILE)
         return state
 
 
@@ -78,69 +88,145 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _everyone(accelerator: Accelerator, mine: bool) -> bool:
-    """Whether `mine` is true on every process."""
-    flag = torch.tensor([int(mine)], device=accelerator.device)
-    return bool(int(accelerator.reduce(flag, "sum")) == accelerator.num_processes)
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def save(
-    accelerator: Accelerator, folder: Path, *, step: int, config: BaseModel, classes: list[str], keep: int
-) -> bool:
-    """Write the checkpoint of a step and delete all but the newest `keep`; called on every process.
+def write(folder: Path, files: Files, *, step: int, config: BaseModel, classes: list[str]) -> None:
+    """Write the checkpoint of a step into `folder`, in the calling process alone.
 
-    Returns whether it was written. A write error (a full disk) is logged and leaves the older
-    checkpoints as they were: the run can go on.
+    Raises:
+        OSError, RuntimeError, SafetensorError: it could not be written; nothing of it is left.
     """
     final = folder / f"step_{step:06d}"
     partial = folder / f"step_{step:06d}.tmp"
-    main = accelerator.is_main_process
-
-    def attempt(action: Any) -> bool:
-        try:
-            action()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if type(error) is RuntimeError and not any(mark in str(error) for mark in _TORCH_WRITER):
-                raise
-            log.error("checkpoint of step %d not written to %s: %s", step, folder, error)
-            return _everyone(accelerator, False)
-        return _everyone(accelerator, True)
-
-    def prepare() -> None:
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-
-    def publish() -> None:
-        if not main:
-            return
-        files = {p.name: p.stat().st_size for p in partial.iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        for name, content in files.items():
+            if name.endswith(".safetensors"):
+                save_file(content, partial / name)
+            else:
+                torch.save(content, partial / name)
+            _sync(partial / name)
         record = {
             "step": step,
             "commit": code_version(),
             "classes": classes,
-            "files": files,
+            "files": {name: (partial / name).stat().st_size for name in files},
+            "xxh3_64": {name: _checksum(partial / name) for name in files},
             "config": config.model_dump(mode="json"),
         }
         (partial / RUN_FILE).write_text(json.dumps(record, indent=1))
-        for path in partial.iterdir():
-            _sync(path)
+        _sync(partial / RUN_FILE)
+        _sync(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
         _sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
-    written = attempt(prepare) and attempt(lambda: accelerator.save_state(str(partial))) and attempt(publish)
-    if main:
-        if not written:
-            log.error("%s", _free_space(folder))
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            for old in complete(folder)[:-keep]:
+
+class Writer:
+    """Writes the checkpoints of a run, in the foreground or in a thread, and deletes old ones.
+
+    A write error (a full disk) is logged and leaves the older checkpoints as they were: the run can go on.
+
+    Args:
+        folder: where the checkpoints stand.
+        config, classes: what every checkpoint records.
+        keep: newest checkpoints that stay, beside the best.
+        background: let `save` return while the files are being written.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        *,
+        config: BaseModel,
+        classes: list[str],
+        keep: int,
+        background: bool,
+    ) -> None:
+        self._accelerator = accelerator
+        self._folder = folder
+        self._config, self._classes, self._keep = config, classes, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vqsa-checkpoint") if background else None
+        self._pending: Future[bool] | None = None
+        self.background = background
+        if accelerator.is_main_process and folder.is_dir():
+            for left in folder.glob("step_*.tmp"):  # of a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, files: Files, step: int, *, best: int, last: bool) -> bool:
+        """Write a checkpoint; called on every process.
+
+        Args:
+            files: TrainingState.snapshot's; those of the first process are written.
+            best: step whose checkpoint is kept as the best; 0: none.
+            last: the run ends after it, so wait for it.
+
+        Returns:
+            whether it was written; in the background, whether the one before was. The same on every process.
+        """
+        written = self._collect()
+        if self._accelerator.is_main_process:
+            if self._thread is not None and not last:
+                self._pending = self._thread.submit(self._attempt, files, step, best)
+            else:
+                written = self._attempt(files, step, best)
+        return self._agreed(written)
+
+    def finish(self) -> None:
+        """Wait for what is being written; called on every process."""
+        self._collect()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _collect(self) -> bool:
+        pending, self._pending = self._pending, None
+        return pending.result() if pending is not None else True
+
+    def _agreed(self, written: bool) -> bool:
+        flag = torch.tensor([int(written)], device=self._accelerator.device)
+        return bool(int(self._accelerator.reduce(flag, "sum")) == self._accelerator.num_processes)
+
+    def _attempt(self, files: Files, step: int, best: int) -> bool:
+        try:
+            write(self._folder, files, step=step, config=self._config, classes=self._classes)
+            if best:
+                _link(self._folder, best)
+            self._prune(best)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if type(error) is RuntimeError and not any(mark in str(error) for mark in _TORCH_WRITER):
+                raise
+            log.error("checkpoint of step %d not written to %s: %s", step, self._folder, error)
+            log.error("%s; training goes on with the checkpoints there are", _free_space(self._folder))
+            return False
+        return True
+
+    def _prune(self, best: int) -> None:
+        for old in complete(self._folder)[: -self._keep]:
+            if old.step != best:
                 shutil.rmtree(old.path)
-    accelerator.wait_for_everyone()
-    return written
+
+
+def _link(folder: Path, step: int) -> None:
+    """Let `best` point to a step's checkpoint, if that is there."""
+    if not (folder / f"step_{step:06d}").is_dir():
+        return
+    partial = folder / f"{BEST_LINK}.tmp"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(f"step_{step:06d}")
+    partial.replace(folder / BEST_LINK)
 
 
 def _free_space(folder: Path) -> str:
@@ -175,6 +261,21 @@ def read(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare every file with its checksum.
+
+    Raises:
+        ValueError: naming the first file that changed since it was written.
+    """
+    record = json.loads((checkpoint.path / RUN_FILE).read_text())
+    for name, wanted in record.get("xxh3_64", {}).items():
+        found = _checksum(checkpoint.path / name)
+        if found != wanted:
+            raise ValueError(
+                f"{checkpoint.path / name} has checksum {found} and was written with {wanted}; use an older checkpoint"
+            )
+
+
 def complete(folder: Path) -> list[Checkpoint]:
     """Return the whole checkpoints in a folder, oldest first; damaged ones are named in the log."""
     found = []
@@ -186,6 +287,18 @@ def complete(folder: Path) -> list[Checkpoint]:
         except (ValueError, FileNotFoundError) as error:
             log.warning("skipping a damaged checkpoint: %s", error)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def newest_sound(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint of a folder whose checksums hold, or None; others are named in the log."""
+    for checkpoint in reversed(complete(folder)):
+        try:
+            verify(checkpoint)
+        except ValueError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+        else:
+            return checkpoint
+    return None
 
 
 def newest(path: Path) -> Checkpoint:

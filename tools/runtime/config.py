@@ -14,35 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import ModelConfig
 from pipeline.config import PipelineConfig
+from tools.runtime.monitor import MonitorConfig
+from tools.runtime.optim import OptimConfig
+from tools.runtime.targets import LossConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
-
-
-class OptimConfig(BaseModel):
-    """Optimiser and learning-rate schedule."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: Literal["adam", "sgd"] = "adam"
-    """Optimiser."""
-
-    lr: float = Field(1e-3, gt=0)
-    """Initial learning rate."""
-
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD; Adam uses its usual betas (0.9, 0.999)."""
-
-    weight_decay: float = Field(0.0, ge=0)
-    """L2 weight decay, on all parameters, as torch's Adam and SGD apply it."""
-
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the run."""
-
-    min_lr: float = Field(0.0, ge=0)
-    """Where the cosine ends."""
-
-    update: Literal["step", "epoch"] = "step"
-    """Whether the learning rate changes after every step or after every epoch."""
 
 
 class RunConfig(BaseModel):
@@ -53,8 +29,11 @@ class RunConfig(BaseModel):
     data: Path = Path()
     """Shard set to train on (a folder made by tools/build_shards.py)."""
 
+    extra: tuple[Path, ...] = ()
+    """Further shard sets of the same classes to train on, such as DeepAugment's; an epoch then has all of them."""
+
     val: Path | None = None
-    """Shard set for clean validation during training; unset: none."""
+    """Shard set for validation during training; unset: none."""
 
     out: Path = Path("runs/run")
     """Folder of the run: checkpoints, metrics.jsonl, TensorBoard files."""
@@ -75,13 +54,47 @@ class RunConfig(BaseModel):
     """Steps between lines of progress and metrics."""
 
     checkpoint_every: int = Field(500, ge=1)
-    """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
+    """Steps between checkpoints; one is also written at the end and when the run is asked to stop."""
+
+    checkpoint_async: bool = False
+    """Write checkpoints in the background from a copy in host memory, while training goes on."""
 
     keep: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    """Checkpoints kept beside the best one; older ones are deleted once a newer one is complete."""
 
     val_every: int = Field(500, ge=1)
     """Steps between validations, where `val` is set; one is also made at the end."""
+
+    images_every: int = Field(0, ge=0)
+    """Steps between pictures of a training batch and of the codebook's usage in the trackers; 0: never."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where the metrics go beside metrics.jsonl."""
+
+    sync_bn: bool = False
+    """Batch normalisation over the batches of all GPUs together. GPUs only: torch has none for the CPU."""
+
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    cpu_affinity: Literal["none", "split", "numa"] = "none"
+    """Which CPUs a process may use. split: an equal share of this machine's, in NUMA order. numa: those of its
+    GPU's NUMA node."""
+
+    data_warn_s: float = Field(60, gt=0)
+    """A wait for data this long is reported, with what is being read, and again after each further such time."""
+
+    data_stop_s: float = Field(1800, gt=0)
+    """A wait for data this long ends the run with exit code 74."""
+
+    lost_after_s: float = Field(45, gt=0)
+    """A process of which the others hear nothing for so long is named and the run ends."""
+
+    host_limit_gib: float | None = Field(None, gt=0)
+    """Memory a process may hold; above it the run saves and stops with exit code 75. Looked at on log lines."""
+
+    audit: bool = False
+    """Write what every step trained on (sample, corruption, checksum of the pixels) to audit_rank*.jsonl."""
 
     pipeline: PipelineConfig = PipelineConfig()
     """Data side."""
@@ -92,10 +105,32 @@ class RunConfig(BaseModel):
     optim: OptimConfig = OptimConfig()
     """Optimiser."""
 
+    loss: LossConfig = LossConfig()
+    """Loss."""
+
+    monitor: MonitorConfig = MonitorConfig()
+    """Validation."""
+
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"say epochs ({self.epochs}) or steps ({self.steps}), not both")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunConfig:
+        if self.loss.consistency and not (self.pipeline.paired or self.pipeline.augmix == 2):
+            raise ValueError(
+                "loss.consistency compares views of one image; set pipeline.paired = true or pipeline.augmix = 2"
+            )
+        if self.pipeline.augmix == 2 and not self.loss.consistency:
+            raise ValueError(
+                "pipeline.augmix = 2 makes views for the consistency loss; set loss.consistency (12)"
+            )
+        if self.sync_bn and self.model.freeze_bn:
+            raise ValueError("sync_bn computes statistics that model.freeze_bn does not use; choose one")
+        if self.monitor.patience and self.val is None:
+            raise ValueError("monitor.patience stops by validation scores; give --val")
         return self
 
     def total_steps(self, samples: int) -> int:
@@ -119,10 +154,20 @@ FREE_ON_RESUME = frozenset(
         "out",
         "log_every",
         "checkpoint_every",
+        "checkpoint_async",
         "keep",
         "val_every",
+        "images_every",
+        "trackers",
+        "cpu_affinity",
+        "data_warn_s",
+        "data_stop_s",
+        "lost_after_s",
+        "host_limit_gib",
+        "audit",
         "pipeline.batch_per_gpu",
         "pipeline.threads",
+        "pipeline.prefetch",
         "pipeline.read_threads",
         "pipeline.read_ahead",
         "pipeline.on_damaged",

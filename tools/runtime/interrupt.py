@@ -1,9 +1,10 @@
-"""Stopping a run on request: Ctrl-C or SIGTERM finishes the step; a second Ctrl-C stops at once."""
+"""Stopping a run on request, together on every process: signals, a memory limit, a step that went wrong."""
 
 from __future__ import annotations
 
 import signal
 import time
+from enum import IntEnum
 from types import FrameType
 from typing import Any
 
@@ -11,21 +12,48 @@ import torch
 import torch.distributed as dist
 
 
-class StopRequest:
-    """Remembers that SIGINT or SIGTERM came. Use as a context manager; outside it signals act as before.
+class Stop(IntEnum):
+    """Why a run stops; where processes have different reasons the highest counts."""
 
-    On several processes all must enter it together.
+    NO = 0
+    INTERRUPTED = 1
+    """SIGINT: a person at the keyboard."""
+    PREEMPTED = 2
+    """SIGTERM or SIGUSR1: a scheduler wants the machine."""
+    MEMORY = 3
+    """A process holds more host memory than it may."""
+    NOT_FINITE = 4
+    """Loss or gradients are not finite: the weights are not worth saving."""
+
+    @property
+    def exit_code(self) -> int:
+        """130 as shells know it for Ctrl-C; 75 (EX_TEMPFAIL of sysexits.h): start again, it will go on; 1: error."""
+        return {Stop.INTERRUPTED: 130, Stop.PREEMPTED: 75, Stop.MEMORY: 75}.get(self, 1)
+
+
+_SIGNALS = {
+    signal.SIGINT: Stop.INTERRUPTED,
+    signal.SIGTERM: Stop.PREEMPTED,
+    signal.SIGUSR1: Stop.PREEMPTED,
+}
+
+
+class StopRequest:
+    """Collects reasons to stop. A context manager: inside it SIGINT, SIGTERM and SIGUSR1 are requests.
+
+    The first signal lets the step finish; a second Ctrl-C stops at once. On several processes all must enter
+    together.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.reason = Stop.NO
         self._first_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
         self._asked: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # On the CPU whatever the model runs on, so that asking never waits for a GPU.
@@ -40,24 +68,42 @@ class StopRequest:
         # A launcher answers Ctrl-C by sending its processes another signal at once, and only later kills them:
         # that one must not cost the checkpoint. A person's second Ctrl-C comes later and means it.
         now_s = time.monotonic()
-        if self.requested and number == signal.SIGINT and now_s - self._first_s > 1:
+        if self.reason and number == signal.SIGINT and now_s - self._first_s > 1:
             raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self._first_s = True, now_s
+        if not self.reason:
+            self._first_s = now_s
+            self.request(_SIGNALS[signal.Signals(number)])
 
-    def agreed(self) -> bool:
-        """Whether every process stops after this step; to be called once per step by all of them.
+    def request(self, reason: Stop) -> None:
+        """Ask for a stop; the highest reason so far stays."""
+        self.reason = max(self.reason, reason)
+
+    def agreed(self) -> Stop:
+        """Return why every process stops after this step; to be called once per step by all of them.
 
         Processes must stop at the same step, so they ask one another after every step and read the answer after
         the next, when it has long arrived.
         """
         if self._group is None:
-            return self.requested
+            return self.reason
         if self._asked is not None:
             work, answer = self._asked
             work.wait()
             if answer.item():
-                return True
-        question = torch.tensor([int(self.requested)])
-        self._asked = (dist.all_reduce(question, group=self._group, async_op=True), question)
-        return False
+                self._asked = None
+                return Stop(int(answer.item()))
+        question = torch.tensor([int(self.reason)])
+        work = dist.all_reduce(question, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = (work, question)
+        return Stop.NO
+
+    def agreed_now(self) -> Stop:
+        """As `agreed`, but with what every process knows now; waits for all of them."""
+        if self._group is None:
+            return self.reason
+        if self._asked is not None:
+            self._asked[0].wait()
+            self._asked = None
+        answer = torch.tensor([int(self.reason)])
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=self._group)
+        return Stop(int(answer.item()))

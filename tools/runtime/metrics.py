@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,28 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and flush it; a full disk costs the record, not the run."""
+        """Append one record and flush it; a full disk costs the record, not the run. JSON has no NaN: null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(plain) + "\n")
             self._file.flush()
         except OSError as error:
             log.error("metrics of step %s not written: %s", record.get("step"), error)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk does not take is lost."""
+        try:
+            self._file.close()
+        except OSError as error:
+            log.error("metrics not written to the end: %s", error)
+
+
+def write_status(out: Path, status: Mapping[str, Any]) -> None:
+    """Write how the run ended to status.json, for schedulers that see a launcher's exit code instead of ours."""
+    try:
+        (out / "status.json").write_text(json.dumps(status) + "\n")
+    except OSError as error:
+        log.error("status.json not written: %s", error)
 
 
 def progress_line(record: Mapping[str, Any], total: int) -> str:
@@ -62,7 +75,16 @@ def progress_line(record: Mapping[str, Any], total: int) -> str:
     parts.append(f"data wait {record['data_wait_pct']:.1f}%")
     if "codes_used_pct" in record:
         parts.append(f"codes used {record['codes_used_pct']:.0f}% (perplexity {record['perplexity']:.0f})")
-    parts += [f"lr {record['lr']:.2e}", f"{record['memory_gib']:.1f} GiB", f"ETA {_clock(record['eta_s'])}"]
+    if "consistency" in record:
+        parts.append(f"consistency {record['consistency']:.4f}")
+    parts += [
+        f"grad {record['gradient_norm']:.2f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['memory_gib']:.1f} GiB",
+        f"ETA {_clock(record['eta_s'])}",
+    ]
+    if record.get("skipped_steps"):
+        parts.append(f"skipped steps {record['skipped_steps']}")
     if record.get("damaged"):
         parts.append(f"damaged samples {record['damaged']}")
     return "  ".join(parts)

@@ -1,0 +1,47 @@
+"""What a codebook was used for since the last log line, over all processes: the part of it that a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+class CodeUsage:
+    """The codebook's counts of an interval that is not reported yet, so that a resumed run reports all of it."""
+
+    def __init__(self, accelerator: Accelerator, net: nn.Module) -> None:
+        self._accelerator = accelerator
+        book: Any = accelerator.unwrap_model(net).codebook
+        self._usage = None if book is None else book.usage
+
+    def total(self) -> Tensor | None:
+        """Return the counts of each code over all processes, int64 (K,), or None without a codebook.
+
+        Called on every process.
+        """
+        return None if self._usage is None else self._accelerator.reduce(self._usage.usage_K, "sum")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts and distances so far; called on every process."""
+        if self._usage is None:
+            return {}
+        reduce, usage = self._accelerator.reduce, self._usage
+        return {
+            "usage_K": reduce(usage.usage_K, "sum").cpu(),
+            "moments_3": reduce(usage.moments_3, "sum").cpu(),
+            "farthest": self._accelerator.gather(usage.farthest).max().view(1).cpu(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue: the first process takes the counts of all."""
+        if self._usage is None:
+            return
+        self._usage.reset()
+        if self._accelerator.is_main_process:
+            for name, value in state.items():
+                getattr(self._usage, name).copy_(value)

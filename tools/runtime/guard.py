@@ -1,0 +1,84 @@
+"""Notices a step whose loss or gradients are not finite, without waiting for the device after every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import shards
+from pipeline.loader import TrainingLoader
+
+
+class FiniteGuard:
+    """Reads a step's verdict two steps later, when it has long arrived; on the CPU at once."""
+
+    _LAG = 2
+
+    def __init__(self) -> None:
+        self._images: list[tuple[Tensor, Tensor]] = []  # of the step that is going on: sample ids, flags
+        self._verdicts: deque[tuple[int, Tensor, Tensor, Any]] = deque()
+        self.bad_step: int | None = None
+        """First optimiser step (from 1) that was not finite on this process."""
+        self.bad_samples: list[int] = []
+        """Samples of that step whose own logits or features were not finite."""
+
+    def images(self, sample_id: Tensor, finite: Tensor) -> None:
+        """Note a micro-batch: sample ids on the CPU, and for each a bool on the device."""
+        self._images.append((sample_id, finite))
+
+    def step(self, step: int, finite: Tensor) -> None:
+        """End a step: a bool scalar on the device, whether its losses and gradients were finite."""
+        sample_id = torch.cat([ids for ids, _ in self._images])
+        flags = torch.cat([finite.view(1), *(flags for _, flags in self._images)])
+        self._images = []
+        if not flags.is_cuda:
+            self._judge(step, sample_id, flags)
+            return
+        host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
+        arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        arrived.record()
+        self._verdicts.append((step, sample_id, host, arrived))
+        self._read(len(self._verdicts) - self._LAG)
+
+    def drain(self) -> None:
+        """Read all verdicts, waiting for them: before something is made of the weights."""
+        self._read(len(self._verdicts))
+
+    def _read(self, count: int) -> None:
+        for _ in range(count):
+            step, sample_id, flags, arrived = self._verdicts.popleft()
+            arrived.synchronize()
+            self._judge(step, sample_id, flags)
+
+    def _judge(self, step: int, sample_id: Tensor, flags: Tensor) -> None:
+        if self.bad_step is None and not bool(flags.all()):
+            self.bad_step = step
+            self.bad_samples = sorted(set(sample_id[~flags[1:]].tolist()))
+
+
+def save_batch(
+    folder: Path, loader: TrainingLoader, step: int, rank: int, store: shards.Store
+) -> tuple[Path, list[int]]:
+    """Write this process's part of the global batch of optimiser step `step` (from 1), made again from the stream.
+
+    The loader stands somewhere else afterwards.
+
+    Returns:
+        the file, for torch.load, with a list of dicts, one per accumulation part (images, clean_images, labels,
+        sample_id, position, kind, severity, sample), and the sample ids.
+    """
+    loader.seek(step - 1)
+    parts = []
+    for _ in range(loader.micros):
+        batch = next(loader)
+        part = {name: getattr(batch, name) for name in ("images", "clean_images", "labels", "sample_id", "position",
+                                                        "kind", "severity")}  # fmt: skip
+        part = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in part.items()}
+        parts.append({**part, "step": step, "sample": [store.location(i) for i in batch.sample_id.tolist()]})
+    path = folder / f"not_finite_step_{step:06d}_rank{rank}.pt"
+    torch.save(parts, path)
+    return path, [i for part in parts for i in part["sample_id"].tolist()]

@@ -1,0 +1,151 @@
+"""Notices a process of the run that died, hangs or failed, and ends the others with its name.
+
+Collectives alone would leave the others waiting: NCCL for ten minutes, and then without saying for whom. Every
+process beats into a small key-value store in the first one; the first one watches the beats and posts a verdict,
+which all read with their next beat. A process that fails posts its own error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+log = logging.getLogger(__name__)
+
+EXIT_CODE = 1
+_VERDICT = "verdict"
+
+
+class Heartbeat:
+    """Beats while the training thread works. A context manager that all processes enter together; alone it idles.
+
+    Args:
+        lost_after_s: silence after which a process is given up; the others end within a fifth of it.
+    """
+
+    def __init__(self, *, lost_after_s: float) -> None:
+        self._lost_after_s = lost_after_s
+        self._interval_s = min(5.0, lost_after_s / 10)
+        self._over = threading.Event()
+        self._lock = (
+            threading.Lock()
+        )  # one request at a time: the store's connection is shared by two threads
+        self._store: Any = None
+        self._thread: threading.Thread | None = None
+        self._rank = self._ranks = 0
+        self._names: list[str] = []
+
+    def __enter__(self) -> Heartbeat:
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return self
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        patience = timedelta(seconds=self._lost_after_s)
+        # A gloo group, so that neither address nor names have to pass through a GPU.
+        group: Any = dist.new_group(backend="gloo")
+        port: list[int] = [0]
+        if self._rank == 0:
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+            port = [self._store.port]
+        dist.broadcast_object_list(port, group=group)
+        if self._store is None:
+            self._store = TCPStore(host, port[0], is_master=False, timeout=patience)
+        mine = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
+        names: list[str | None] = [None] * self._ranks
+        dist.all_gather_object(names, mine, group=group)
+        self._names = [str(name) for name in names]
+        self._beat(0)
+        dist.barrier(group=group)
+        self._thread = threading.Thread(target=self._watch, name="vqsa-heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._store is None or self._thread is None:
+            return
+        self._over.set()
+        self._thread.join()
+        if error is None:
+            self._leave()
+            return
+        self.fail(f"{type(error).__name__}: {error}")
+        if self._rank == 0:
+            time.sleep(2 * self._interval_s)  # let the others read it: the store ends with this process
+
+    def fail(self, message: str) -> None:
+        """Tell the other processes that this one ends, and why; the first to say so is who they name."""
+        if self._store is None:
+            return
+        try:
+            with self._lock:
+                self._store.compare_set(_VERDICT, "", f"{self._names[self._rank]} failed: {message}")
+        except (RuntimeError, OSError):
+            log.debug("the first process is gone; it will be named")
+
+    def _leave(self) -> None:
+        try:
+            with self._lock:
+                self._store.set(f"beat{self._rank}", "left")
+                if self._rank:
+                    return
+            # The store lives in this process: wait for the others' last beat.
+            deadline_s = time.monotonic() + self._lost_after_s
+            while time.monotonic() < deadline_s and set(self._beats()) != {"left"}:
+                time.sleep(0.05)
+        except (RuntimeError, OSError) as error:
+            log.debug("leaving: %s", error)
+
+    def _beat(self, count: int) -> None:
+        with self._lock:
+            self._store.set(f"beat{self._rank}", str(count))
+
+    def _beats(self) -> list[str]:
+        with self._lock:
+            return [v.decode() for v in self._store.multi_get([f"beat{r}" for r in range(self._ranks)])]
+
+    def _verdict(self) -> str:
+        with self._lock:
+            return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
+
+    def _watch(self) -> None:
+        count = 0
+        last = [""] * self._ranks
+        heard_s = [time.monotonic()] * self._ranks
+        while not self._over.wait(self._interval_s):
+            count += 1
+            try:
+                self._beat(count)
+                if self._rank == 0:
+                    now_s = time.monotonic()
+                    for rank, beat in enumerate(self._beats()):
+                        if beat != last[rank] or beat == "left":
+                            last[rank], heard_s[rank] = beat, now_s
+                        elif now_s - heard_s[rank] > self._lost_after_s:
+                            self._accuse(rank, now_s - heard_s[rank])
+                verdict = self._verdict()
+            except (RuntimeError, OSError) as error:
+                if self._over.is_set():
+                    return
+                verdict = f"{self._names[0]} no longer answers ({str(error).splitlines()[0]})"
+            if verdict and not self._over.is_set():
+                log.critical("%s: %s; this process ends too", self._names[self._rank], verdict)
+                sys.stdout.flush()
+                if self._rank == 0:
+                    time.sleep(
+                        2 * self._interval_s
+                    )  # let the others read it: the store ends with this process
+                os._exit(EXIT_CODE)
+
+    def _accuse(self, rank: int, silent_s: float) -> None:
+        message = f"{self._names[rank]} has not been heard of for {silent_s:.0f} s: dead, stopped or cut off"
+        with self._lock:
+            self._store.compare_set(_VERDICT, "", message)

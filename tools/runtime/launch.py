@@ -1,0 +1,63 @@
+"""Sets a process up: its place among the others, its CPUs, its log, and the model as this run wants it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import nn
+
+from tools.runtime import affinity, trackers
+from tools.runtime.config import RunConfig
+
+# Of one collective. Heartbeats find a lost process long before; this is for what they cannot see.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def set_up_log() -> None:
+    """Log warnings and worse, each line with the rank that says it where there are several."""
+    rank = os.environ.get("RANK", "0")
+    place = f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s{place} %(name)s: %(message)s")
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Return the Accelerator of this process; binds it to its CPUs first.
+
+    Raises:
+        ValueError: the machine cannot do what the configuration asks for.
+    """
+    local, processes = (
+        int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    affinity.bind(config.cpu_affinity, device, local, processes)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        log_with=trackers.checked(config.trackers),
+        project_dir=str(config.out),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+    )
+    if config.sync_bn and accelerator.device.type != "cuda":
+        raise ValueError(
+            "sync_bn needs GPUs: torch has no synchronised batch normalisation for the CPU; leave it out, or say "
+            "model.freeze_bn = true"
+        )
+    return accelerator
+
+
+def as_configured(net: nn.Module, config: RunConfig) -> nn.Module:
+    """Return a fresh model in the form this run trains it, before it is wrapped for several processes."""
+    net = net.to(memory_format=torch.channels_last)
+    if config.sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+    if config.optim.freeze_trunk:
+        net.get_submodule("trunk").requires_grad_(False)
+    if config.compile:
+        net.compile()  # in place: names of parameters stay
+    return net

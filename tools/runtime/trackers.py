@@ -1,0 +1,98 @@
+"""TensorBoard and others, through Accelerate; what they cannot write costs the record, not the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config import PipelineConfig
+from pipeline.corruptions.kinds import KINDS
+from pipeline.loader import TrainingBatch
+from pipeline.normalise import denormalise
+
+log = logging.getLogger(__name__)
+
+_PICTURES = 16
+
+
+def checked(names: Sequence[str]) -> list[str]:
+    """Return the trackers' names for Accelerate.
+
+    Raises:
+        ValueError: one of them is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"trackers has {name!r}, which is not installed; pip install {name}, or leave it out"
+            )
+    return list(names)
+
+
+class Trackers:
+    """Accelerate's trackers, on the first process; after a write error they are left alone.
+
+    TensorBoard's writer raises the error of its own thread at a later call, and never recovers from it.
+    """
+
+    def __init__(self, accelerator: Accelerator, out: Path) -> None:
+        self._accelerator = accelerator
+        self._out = out
+        self._broken = False
+        self._try(
+            lambda: accelerator.init_trackers(out.name if "wandb" in _names(accelerator) else "tensorboard")
+        )
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._broken:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._broken = True
+            log.error("trackers in %s stop: %s; metrics.jsonl goes on", self._out, error)
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Write the numbers of a record."""
+        self._try(lambda: self._accelerator.log(dict(record), step=step))
+
+    def pictures(self, batch: TrainingBatch, config: PipelineConfig, step: int) -> None:
+        """Write the first images of a batch as the model sees them, named by what was done to them."""
+        if not self._accelerator.is_main_process:
+            return
+        pictures_u8 = denormalise(batch.images[:_PICTURES], config).cpu().numpy()
+        names = [
+            f"{KINDS[kind]} {severity}" if kind else "clean"
+            for kind, severity in zip(batch.kind.tolist(), batch.severity.tolist(), strict=True)
+        ][:_PICTURES]
+        for tracker in self._accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                self._try(
+                    partial(tracker.log_images, {"batch": np.ascontiguousarray(pictures_u8)}, step=step)
+                )
+        self._try(lambda: self._accelerator.log({"batch_corruptions": ", ".join(names)}, step=step))
+
+    def code_usage(self, usage_K: Tensor | None, step: int) -> None:
+        """Write the histogram of how often each code was chosen, where there are codes."""
+        if usage_K is None:
+            return
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard" and self._accelerator.is_main_process:
+                counts = usage_K.cpu().numpy()
+                self._try(partial(tracker.writer.add_histogram, "code_usage", counts, global_step=step))
+
+    def close(self) -> None:
+        """Write what is left and close."""
+        self._try(self._accelerator.end_training)
+
+
+def _names(accelerator: Accelerator) -> list[str]:
+    return [str(getattr(kind, "value", kind)) for kind in accelerator.log_with]
