@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TWO_PROCESSES, data_root, finish, start
+from conftest import TWO_PROCESSES, finish, start
 from torch import Tensor, nn
 
 import model
@@ -36,33 +34,6 @@ def cells(top1: dict[str, float]) -> list[Cell]:
 
 
 # The arithmetic
-
-
-@pytest.mark.parametrize(
-    ("name", "mce"),
-    [("AlexNet", 99.97), ("Standard_R50", 76.37), ("Hendrycks2020AugMix", 64.17),
-     ("Tian2022Deeper_DeiT-S", 47.62), ("Erichson2022NoisyMix_new", 59.43)],
-)  # fmt: skip
-def test_mce_of_published_models(name: str, mce: float) -> None:
-    """Per-cell accuracies and mCE as published on RobustBench, with AlexNet's errors to four decimals."""
-    root = data_root()
-    if root is None:
-        pytest.skip("the published cells are not there: set VQSA_DATA to the folder that holds oracles/")
-    rows = defaultdict(list)
-    with (root / "oracles" / "imagenet_c_cells.csv").open() as file:
-        for row in csv.DictReader(file):
-            rows[row["model"]].append(
-                Cell(row["corruption"], int(row["severity"]), float(row["top1"]), 1.0, 5000)
-            )
-    summary = summarise(rows[name])
-    assert summary.mce_pct == pytest.approx(mce, abs=0.006)
-    assert summary.mce_kinds == 15
-
-
-def test_alexnet_against_itself_has_an_mce_of_100() -> None:
-    summary = summarise(cells({kind: 1 - ALEXNET_ERROR[kind] for kind in ALEXNET_ERROR}))
-    assert summary.mce_pct == pytest.approx(100)
-    assert ALEXNET_ERROR.keys() == {*TRAINING_KINDS, *HELD_OUT_KINDS}
 
 
 def test_the_held_out_average_of_the_papers_table_4() -> None:

@@ -11,9 +11,12 @@ import numpy.typing as npt
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS
 from tools.evaluation.bootstrap import interval, resampled_means
 from tools.evaluation.calibration import expected_calibration_error
+from tools.evaluation.correlation import Correlation, correlation
 from tools.evaluation.outcomes import Outcomes
 from tools.runtime.alexnet import ALEXNET_ERROR
 from tools.runtime.results import CLEAN, SEVERITIES, Cell, CellName
+
+_CORRELATED = 2000
 
 
 def cells_from_outcomes(names: Sequence[CellName], found: Outcomes) -> list[Cell]:
@@ -47,6 +50,7 @@ def cells_from_outcomes(names: Sequence[CellName], found: Outcomes) -> list[Cell
                 agreement=_mean(found.value("agreement")[c, sound_N]) if paired else None,
                 drift_before=_mean(found.value("drift_before")[c, sound_N]) if paired else None,
                 drift_after=_mean(found.value("drift_after")[c, sound_N]) if paired else None,
+                residual=_mean(found.value("residual")[c, sound_N]),
                 perplexity=perplexity(found.usage_CK[c]),
             )
         )
@@ -65,6 +69,27 @@ def perplexity(usage_K: npt.NDArray[np.int64]) -> float | None:
         return None
     share_K = usage_K[usage_K > 0] / usage_K.sum()
     return float(np.exp(-(share_K * np.log(share_K)).sum()))
+
+
+def severity_correlations(names: Sequence[CellName], found: Outcomes) -> dict[str, dict[str, Correlation]]:
+    """Return, per corruption, how well confidence, drift and residual of single images follow the severity.
+
+    A quality-independent model has coefficients near 0: what it says does not tell how bad the image is. Of the first
+    2,000 images, which settle a coefficient to about 0.01.
+    """
+    sound_N = ~found.damaged_N & (np.arange(len(found.damaged_N)) < _CORRELATED)
+    place = {name: i for i, name in enumerate(names)}
+    results: dict[str, dict[str, Correlation]] = {}
+    for kind in dict.fromkeys(kind for kind, severity in names if severity):
+        severities = [s for s in SEVERITIES if (kind, s) in place]
+        severity_P = np.repeat(severities, int(sound_N.sum()))
+        rows = [place[kind, s] for s in severities]
+        results[kind] = {
+            value: correlation(found.value(value)[rows][:, sound_N].ravel(), severity_P)
+            for value in ("confidence", "drift_before", "drift_after", "residual")
+            if not np.isnan(found.value(value)[rows]).all()
+        }
+    return results
 
 
 def intervals(

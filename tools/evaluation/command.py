@@ -33,6 +33,13 @@ class EvaluateCommand(BaseModel):
     """Other sets as NAME=PATH (ImageNet-V2, -Sketch, -A, -R): shards or class folders, resized as the model wants.
     Logits of classes that the set does not have are left out."""
 
+    mos: Path | None = None
+    """CSV with the columns file and mos: mean opinion scores of images in --mos-images. How well confidence and the
+    distance to the codes follow them is reported."""
+
+    mos_images: Path | None = None
+    """Folder of the images that --mos names; rows without a file there are passed over."""
+
     mask_classes: bool = False
     """Accept --data and --imagenet-c of fewer classes than the model's, and score among these."""
 
@@ -89,8 +96,14 @@ class EvaluateCommand(BaseModel):
     def _something_to_do(self) -> EvaluateCommand:
         if not self.checkpoint and not self.models:
             raise ValueError("no model: give --checkpoint RUN or --models torchvision:resnet50")
-        if not (self.data or self.imagenet_c or self.imagenet_c_bar or self.sets):
-            raise ValueError("no images: give --data, --imagenet-c, --imagenet-c-bar or --sets NAME=PATH")
+        if not (self.data or self.imagenet_c or self.imagenet_c_bar or self.sets or self.mos):
+            raise ValueError(
+                "no images: give --data, --imagenet-c, --imagenet-c-bar, --sets NAME=PATH or --mos"
+            )
+        if (self.mos is None) != (self.mos_images is None):
+            raise ValueError(
+                "--mos and --mos-images belong together: a table of scores and its folder of images"
+            )
         if self.out is None and not self.checkpoint:
             raise ValueError(
                 "without a --checkpoint there is no run folder for the results: give --out FOLDER"

@@ -67,12 +67,14 @@ class Preprocessing(BaseModel):
 @dataclass(frozen=True)
 class Signals:
     """What a model says about B images: logits (B, C) float32; features before and after quantisation and
-    attention (B, D), the same tensor without a codebook, None where there is none; codes int64 (B, positions)."""
+    attention (B, D), the same tensor without a codebook, None where there is none; quantised (B, D), the code of the
+    feature; codes int64 (B, positions)."""
 
     logits: Tensor
     before: Tensor | None
     after: Tensor | None
-    codes: Tensor | None
+    quantised: Tensor | None = None
+    codes: Tensor | None = None
 
 
 @dataclass
@@ -114,10 +116,11 @@ class Classifier:
         if isinstance(self.net, model.VQSA):
             out = self.net(images_BCHW, return_features=True)
             codes = None if out.code_index is None else out.code_index.flatten(1)
-            return Signals(out.logits.float(), out.z.float(), out.fused.float(), codes)
+            quantised = None if out.quantised is None else out.quantised.float()
+            return Signals(out.logits.float(), out.z.float(), out.fused.float(), quantised, codes)
         logits: Tensor = self.net(images_BCHW)
         feature = self._feature.pop().float().flatten(1) if self._feature else None
-        return Signals(logits.float(), feature, feature, None)
+        return Signals(logits.float(), feature, feature)
 
 
 def from_checkpoint(path: Path) -> Classifier:

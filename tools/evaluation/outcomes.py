@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-VALUES = ("confidence", "nll", "brier", "agreement", "drift_before", "drift_after")
+VALUES = ("confidence", "nll", "brier", "agreement", "drift_before", "drift_after", "residual")
 """Per image and cell, float32. confidence: largest softmax probability. nll: -ln of the label's. brier: squared
 distance of the probabilities to the label. agreement: share of positions whose code is the clean image's.
 drift_before, drift_after: 1 - cosine to the clean image's feature, before and after quantisation and attention.
+residual: 1 - cosine between a feature and its code, which needs no clean image.
 NaN where there is no codebook, or no clean partner."""
 
 

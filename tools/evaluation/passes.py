@@ -36,6 +36,7 @@ class Pass:
     on_disk: the images are corrupted already (or another set altogether): they are scored as they are, in one cell.
     resize: False: images have the model's size and are not resized.
     mask: logits of classes that the data do not have are left out.
+    labelled: False where the images have no classes; what compares with a label means nothing then.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Pass:
     on_disk: bool = False
     resize: bool = True
     mask: bool = False
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,18 +124,19 @@ def measure(signals: Signals, clean: Signals | None, label_B: Tensor, absent_L: 
 
 
 def _stability(signals: Signals, clean: Signals | None) -> list[Tensor]:
-    """Agreement of codes and drift of features against the clean image."""
+    """Agreement of codes and drift of features against the clean image, and distance to the code."""
     nothing_B = torch.full_like(signals.logits[:, 0], torch.nan)
-    if clean is None:
-        return [nothing_B] * 3
 
     def drift(a: Tensor | None, b: Tensor | None) -> Tensor:
         return nothing_B if a is None or b is None else 1 - torch.cosine_similarity(a, b, dim=1)
 
+    residual_B = drift(signals.before, signals.quantised)
+    if clean is None:
+        return [nothing_B, nothing_B, nothing_B, residual_B]
     agreement_B = nothing_B
     if signals.codes is not None and clean.codes is not None:
         agreement_B = (signals.codes == clean.codes).float().mean(1)
-    return [agreement_B, drift(signals.before, clean.before), drift(signals.after, clean.after)]
+    return [agreement_B, drift(signals.before, clean.before), drift(signals.after, clean.after), residual_B]
 
 
 class Scorer:

@@ -24,13 +24,14 @@ from pipeline.corruptions import available_kinds, kind_id
 from pipeline.order import permutation
 from shards import Store
 from tools.evaluation import adaptation, models, sets
-from tools.evaluation.cells import cells_from_outcomes, intervals
+from tools.evaluation.cells import cells_from_outcomes, intervals, severity_correlations
 from tools.evaluation.classes import outputs_of
 from tools.evaluation.command import EvaluateCommand
+from tools.evaluation.correlation import Correlation, correlation
 from tools.evaluation.models import Classifier
 from tools.evaluation.outcomes import Outcomes, Snapshots
 from tools.evaluation.passes import Pass, Scorer, Settings, geometry
-from tools.evaluation.sets import Source
+from tools.evaluation.sets import Source, read_opinions
 from tools.evaluation.verdict import verdict
 from tools.runtime import checkpoint
 from tools.runtime.device import loader_device_id
@@ -48,6 +49,8 @@ class Findings:
     cells: list[Cell]
     parts: list[tuple[list[CellName], list[str], Outcomes]]
     """Per set: its cells, the keys of its images, and what was found on them."""
+    opinion: dict[str, Correlation] | None = None
+    """How well the model's values follow mean opinion scores."""
 
 
 def evaluate(command: EvaluateCommand) -> dict[str, Any]:
@@ -98,6 +101,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
                 source.on_disk,
                 source.resize,
                 source.mask,
+                source.labelled,
             )
             if number == 0:  # the sets of one evaluation have about as many images each
                 bar.total = len(part.sample_N) * cells * len(classifiers) // state.num_processes
@@ -109,18 +113,23 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
             scored += part_scored
             keys = [store.key(i) for i in part.sample_N.tolist()]
             for name, found in outcomes.items():
+                if not source.labelled:
+                    findings[name].opinion = opinion_correlations(command, part, found)
+                    continue
                 findings[name].cells += cells_from_outcomes(source.cells, found)
                 findings[name].parts.append((source.cells, keys, found))
     rate_img_s = scored / (time.perf_counter() - began_s)
     report: dict[str, Any] = {
         "commit": checkpoint.code_version(),
         "date": datetime.now(UTC).date().isoformat(),
-        "data": str(command.data or command.imagenet_c or command.imagenet_c_bar or command.sets[0]),
+        "data": str(
+            command.data or command.imagenet_c or command.imagenet_c_bar or "".join(command.sets[:1])
+        ),
         "seed": command.seed,
         "flavour": command.flavour,
         "jpeg85": command.jpeg85,
         "precision": command.precision,
-        "images": max(cell.images for f in findings.values() for cell in f.cells),
+        "images": max((cell.images for f in findings.values() for cell in f.cells), default=0),
         "environment": environment(state),
         "rate_img_s": rate_img_s,
         "damaged": damaged,
@@ -192,6 +201,8 @@ def list_sources(command: EvaluateCommand, classifiers: Sequence[Classifier]) ->
         if not equals:
             raise ValueError(f"--sets {named!r}: wanted NAME=PATH, such as imagenet-r=/data/imagenet-r")
         found.append(sets.plain_set(name, Path(path)))
+    if command.mos is not None and command.mos_images is not None:
+        found.append(sets.opinions(command.mos, command.mos_images))
     every = [cell for source in found for cell in source.cells]
     twice = sorted({cell for cell in every if every.count(cell) > 1 and cell[0] != CLEAN})
     if twice:
@@ -226,7 +237,11 @@ def read_set(
     """Score all models on one set, over all processes; returns outcomes by model, damage, and scores made now."""
     names = [c.name for c in classifiers]
     outputs = [
-        outputs_of(part.store.classes, c.classes, str(part.store.path), f"the model {c.name}", mask=part.mask)
+        torch.zeros(1, dtype=torch.int64)
+        if not part.labelled
+        else outputs_of(
+            part.store.classes, c.classes, str(part.store.path), f"the model {c.name}", mask=part.mask
+        )
         for c in classifiers
     ]
     snapshots = Snapshots(partial, part.name)
@@ -330,8 +345,28 @@ def describe(findings: Findings, command: EvaluateCommand) -> dict[str, Any]:
         "trained_on": None if classifier.trained_on is None else list(classifier.trained_on),
         "verdict": verdict(classifier.name, classifier.trained_on, summary),
         **as_json(summary),
+        "severity_correlation": {
+            kind: {value: c._asdict() for value, c in by_value.items()}
+            for cells, _, found in findings.parts
+            if len(cells) > 1
+            for kind, by_value in severity_correlations(cells, found).items()
+        },
+        "mos_correlation": findings.opinion and {value: c._asdict() for value, c in findings.opinion.items()},
         "intervals_95": joint_intervals(findings, command.seed),
         "released_mce_bug": command.released_mce_bug,
+    }
+
+
+def opinion_correlations(command: EvaluateCommand, part: Pass, found: Outcomes) -> dict[str, Correlation]:
+    """Return how well confidence and the distance to the code follow the mean opinion scores."""
+    assert command.mos is not None
+    assert command.mos_images is not None
+    scores = np.array(list(read_opinions(command.mos, command.mos_images).values()))[part.sample_N]
+    sound_N = ~found.damaged_N
+    return {
+        value: correlation(found.value(value)[0, sound_N], scores[sound_N])
+        for value in ("confidence", "residual")
+        if not np.isnan(found.value(value)).all()
     }
 
 

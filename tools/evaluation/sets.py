@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ class Source:
     on_disk: scored as it is, in one cell.
     resize: False where images must have the model's size already.
     mask: score among the classes that the set has.
+    labelled: False where nobody said what is on the images.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Source:
     on_disk: bool = False
     resize: bool = True
     mask: bool = False
+    labelled: bool = True
 
 
 def open_images(path: Path, name: str = "") -> Store:
@@ -138,3 +141,44 @@ def _check_first(path: Path, side: int) -> None:
     if first is None:
         raise ValueError(f"{path}: no JPEG or PNG images; wanted <class>/<image>")
     open_files(path, [first], [0], ["any"], "first", side).close()
+
+
+def read_opinions(path: Path, images: Path) -> dict[Path, float]:
+    """Return the mean opinion scores of the images that are there, by file.
+
+    Raises:
+        FileNotFoundError: no table.
+        ValueError: not such a table, a score that is no number, or none of its images is there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--mos {path}: no such file; wanted a CSV with the columns file and mos")
+    found: dict[Path, float] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if not {"file", "mos"} <= set(reader.fieldnames or ()):
+            raise ValueError(
+                f"{path}: wanted the columns file and mos, found {', '.join(reader.fieldnames or ())}"
+            )
+        for row in reader:
+            image = images / row["file"]
+            if image.suffix.lower() not in SUFFIXES or not image.is_file():
+                continue
+            try:
+                found[image] = float(row["mos"])
+            except ValueError:
+                raise ValueError(f"{path}, line {reader.line_num}: mos {row['mos']!r} is no number") from None
+    if not found:
+        raise ValueError(
+            f"{path}: none of the images it names is in {images}; give their folder as --mos-images"
+        )
+    return dict(sorted(found.items()))
+
+
+def opinions(path: Path, images: Path) -> Source:
+    """Images with mean opinion scores instead of classes; in ascending order of their files."""
+    files = list(read_opinions(path, images))
+
+    def open_set() -> Store:
+        return open_files(images, files, [0] * len(files), ["unlabelled"], "mos", None)
+
+    return Source("mos", [("mos", 0)], open_set, on_disk=True, labelled=False)

@@ -45,7 +45,7 @@ class Cell:
     """Results on one corruption at one severity; clean images are ("clean", 0), other sets (name, 0).
 
     top1, top5: fractions. ece, nll, brier: calibration, see `tools.evaluation.calibration`. consistency: share of
-    images with the clean image's prediction. agreement, drift_before, drift_after: means of
+    images with the clean image's prediction. agreement, drift_before, drift_after, residual: means of
     `tools.evaluation.outcomes.VALUES`. perplexity: of the codes, 1 to K. None: not measured.
     """
 
@@ -61,6 +61,7 @@ class Cell:
     agreement: float | None = None
     drift_before: float | None = None
     drift_after: float | None = None
+    residual: float | None = None
     perplexity: float | None = None
 
     @property
