@@ -31,6 +31,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 VERSION = 1
 HEADER_NAME = "manifest.json"
 TABLE_NAME = "manifest.table"
+UNFINISHED = ".build"
+"""Folder in a set's folder while it is being built."""
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("shard", "<u4"),  # index into the header's shards
@@ -46,7 +48,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 _MAGIC = b"VQSATAB1"
 _ALIGN = 64
 _MAX_HEADER_BYTES = 64 << 20
-_MAX_SIDE = 1_000_000
+MAX_SIDE = 1_000_000
 
 
 def _printable(name: str) -> str:
@@ -57,7 +59,8 @@ def _printable(name: str) -> str:
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 # Of a shard, which may be somebody else's file: anything that stays in the folder and can be printed.
-ShardName = Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$", max_length=250), AfterValidator(_printable)]
+_SHARD_NAME = r"^[^./\\][^/\\]*$"
+ShardName = Annotated[str, Field(pattern=_SHARD_NAME, max_length=250), AfterValidator(_printable)]
 Storage = Literal["webdataset", "ffcv"]
 Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -76,6 +79,21 @@ class ShardFile(_Record):
     samples: Count
     xxh3_128: Hex128
     """Of the whole file; of a `.beton` see `shards.target_beton.digest`."""
+
+
+def check_shard_name(path: Path) -> None:
+    """Refuse a file whose name no manifest can hold.
+
+    Raises:
+        ValueError: the name is hidden, too long, or cannot be printed.
+    """
+    try:
+        ShardFile(name=path.name, size=0, samples=0, xxh3_128="0" * 32)
+    except ValidationError:
+        raise ValueError(
+            f"{path.parent}{os.sep}{path.name!r}: a name that a manifest cannot hold (hidden, longer than 250 "
+            "characters, a backslash, or not to be printed); rename the file"
+        ) from None
 
 
 class TableFile(_Record):
@@ -235,7 +253,7 @@ def check_table(table: Table, header: Header, where: str) -> None:
     no_class = (c["label"] < 0) | (c["label"] >= len(header.classes))
     refuse(no_class, f"its label is outside 0..{len(header.classes) - 1}")
     for side in ("width", "height"):
-        refuse((c[side] < 1) | (c[side] > _MAX_SIDE), f"its {side} is outside 1..{_MAX_SIDE}")
+        refuse((c[side] < 1) | (c[side] > MAX_SIDE), f"its {side} is outside 1..{MAX_SIDE}")
     backwards = np.zeros(len(table), dtype=np.bool_)
     backwards[1:] = c["key_end"][1:] < c["key_end"][:-1]
     refuse(backwards | (c["key_end"] > len(table.keys_u8)), "its key lies outside the bytes of keys")

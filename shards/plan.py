@@ -9,13 +9,14 @@ from pathlib import Path
 import xxhash
 
 from shards.keys import unique_keys
+from shards.manifest import UNFINISHED
 from shards.options import BuildOptions
 from shards.source import Listing, Sample
 from shards.target import Target
 from shards.target_beton import BetonTarget
 from shards.target_tar import TarTarget
 
-WORK = ".build"
+WORK = UNFINISHED
 """Folder in the output folder with what an unfinished build needs."""
 TARGETS: dict[str, Target] = {"tar": TarTarget(), "beton": BetonTarget()}
 _BYTES_PER_PIECE = 512 << 20

@@ -25,6 +25,7 @@ from shards.beton import (
     JPEG_MODE,
     SUFFIX,
     VERSION,
+    digest,
     metadata_type,
 )
 from shards.manifest import ShardFile, Storage, Table, sync_folder, write_file
@@ -51,23 +52,6 @@ def _front(samples: int, page_size: int, alloc_ptr: int) -> bytes:
     return header.tobytes() + descriptors.tobytes()
 
 
-def digest(
-    front: bytes,
-    rows: npt.NDArray[np.void],
-    allocations: npt.NDArray[np.void],
-    checksum: npt.NDArray[np.uint64],
-) -> str:
-    """What the manifest holds as a `.beton`'s checksum: xxh3-128 of its tables, then of the samples' xxh3-64.
-
-    Together with zeros between the records that is every byte, and files whose records were written side
-    by side need not be read again for it.
-    """
-    whole = xxhash.xxh3_128(front)
-    for part in (rows, allocations, checksum.astype("<u8")):
-        whole.update(part.tobytes())
-    return whole.hexdigest()
-
-
 class _Tables:
     """The two tables of a file, and what is written before and after the records."""
 
@@ -80,7 +64,6 @@ class _Tables:
         length: npt.ArrayLike,
         width: npt.ArrayLike,
         height: npt.ArrayLike,
-        checksum: npt.NDArray[np.uint64],
     ) -> None:
         offset = np.asarray(offset, np.uint64)
         length = np.asarray(length, np.uint64)
@@ -94,7 +77,6 @@ class _Tables:
         self.allocations["ptr"], self.allocations["size"] = offset, length
         self.alloc_ptr = int(offset[-1] + length[-1]) if samples else _TABLES_AT
         self.front = _front(samples, page_size, self.alloc_ptr)
-        self.digest = digest(self.front, self.rows, self.allocations, checksum)
         self.size = self.alloc_ptr + self.allocations.nbytes
 
     def write(self, fd: int) -> None:
@@ -180,16 +162,15 @@ class BetonWriter:
         names = ("label", "offset", "length", "width", "height")
         columns = {name: [row[i] for row in self._rows] for i, name in enumerate(names)}
         checksum = np.array([row[5] for row in self._rows], np.uint64)
-        tables = _Tables(self._page_size, **columns, checksum=checksum)
+        tables = _Tables(self._page_size, **columns)
         tables.write(self._fd)
+        xxh3_128 = digest(self._fd, checksum)
         os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         self._temporary.replace(self._path)
         sync_folder(self._path.parent)
-        return ShardFile(
-            name=self._path.name, size=tables.size, samples=len(self._rows), xxh3_128=tables.digest
-        )
+        return ShardFile(name=self._path.name, size=tables.size, samples=len(self._rows), xxh3_128=xxh3_128)
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -228,9 +209,7 @@ class BetonTarget:
         names = ("label", "offset", "length", "width", "height")
         moves, offset = _moves(len(pieces), table, self._page_size)
         columns = {**table.columns, "offset": offset, "shard": np.zeros(len(table), "<u4")}
-        tables = _Tables(
-            self._page_size, **{name: columns[name] for name in names}, checksum=columns["checksum"]
-        )
+        tables = _Tables(self._page_size, **{name: columns[name] for name in names})
         joined = [joined_mark(piece).is_file() for piece in pieces]
         if any(joined) and not temporary.is_file():
             for piece in pieces:
@@ -251,12 +230,13 @@ class BetonTarget:
                 piece.unlink()
             os.ftruncate(fd, tables.alloc_ptr)
             tables.write(fd)
+            xxh3_128 = digest(fd, columns["checksum"])
             os.fsync(fd)
         finally:
             os.close(fd)
         temporary.replace(path)
         sync_folder(path.parent)
-        shard = ShardFile(name=path.name, size=tables.size, samples=len(table), xxh3_128=tables.digest)
+        shard = ShardFile(name=path.name, size=tables.size, samples=len(table), xxh3_128=xxh3_128)
         return shard, Table(columns, table.keys_u8)
 
 

@@ -241,11 +241,15 @@ def test_mutated_tables_never_point_outside(data: st.DataObject) -> None:
 def test_missing_pieces_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder; build shards with"):
         shards.open(folder / "nowhere")
-    with pytest.raises(ValueError, match="a file, but a shard set is a folder"):
+    with pytest.raises(ValueError, match=r"a file, but neither \.tar nor \.beton; a shard set is a folder"):
         shards.open(folder / HEADER_NAME)
     (folder / HEADER_NAME).unlink()
+    (folder / ".build").mkdir()
     with pytest.raises(FileNotFoundError, match="not a finished shard set; if a build was interrupted"):
         shards.open(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="not a finished shard set"):
+        shards.open(tmp_path / "empty")
 
 
 def test_shards_are_compared_with_the_manifest(folder: Path) -> None:
