@@ -40,17 +40,18 @@ BEST = (
     "reduction",
     "attention_scale",
 )
+KMEANS = {"init": "kmeans", "init_batches": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "k-means, moving average, revival": {**KMEANS, "ema": 0.99, "revive_after": 20},
+    "k-means, revival": {**KMEANS, "revive_after": 20},
+    "k-means, moving average, revival, centred cosine": {
+        **KMEANS, "ema": 0.99, "revive_after": 20, "metric": "cosine", "centre": True,
+    },
     "U(0, 3), Euclidean": {"init": "uniform03"},
     "paper (data, Euclidean)": {"init": "data"},
+    "k-means, moving average": {**KMEANS, "ema": 0.99},
+    "k-means": KMEANS,
     "released (pooled, cosine, U(0, 3))": {"init": "uniform03", "metric": "cosine", "quantise": "pooled"},
-    "k-means": {"init": "kmeans", "init_batches": 16},
-    "k-means, moving average": {"init": "kmeans", "init_batches": 16, "ema": 0.99},
-    "k-means, revival": {"init": "kmeans", "init_batches": 16, "revive_after": 20},
-    "k-means, moving average, revival": {"init": "kmeans", "init_batches": 16, "ema": 0.99, "revive_after": 20},
-    "k-means, moving average, revival, centred cosine": {
-        "init": "kmeans", "init_batches": 16, "ema": 0.99, "revive_after": 20, "metric": "cosine", "centre": True,
-    },
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from model.config import PASSED_IN, TIMM, ModelConfig
+from model.fitting import fitting
 from model.map_trunk import MapTrunk, TimmTrunk
 from model.naming import mismatch, some
 from model.trunk import Trunk
@@ -130,7 +131,7 @@ def load_weights(trunk: Trunk, fc: nn.Linear, weights: str) -> None:
     if problem:
         raise ValueError(
             f"{path} does not fit trunk {trunk.name}: {problem}; "
-            "choose the trunk and stem that the file was made with"
+            f"choose the trunk and stem that the file was made with{fitting(read_tensors(path))}"
         )
     target.load_state_dict(state)
     wanted = {key: value.shape for key, value in fc.state_dict().items()}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from model.config import ModelConfig
+from model.fitting import fitting
 from model.naming import mismatch
 from model.vqsa import VQSA
 
@@ -33,7 +34,7 @@ def load(path: str | Path, trunk: nn.Module | None = None) -> VQSA:
     Raises:
         FileNotFoundError: no trained model there.
         ValueError: the configuration is not valid, or the tensors are not those of the configuration: lists
-            missing, unexpected and differently shaped ones.
+            missing, unexpected and differently shaped ones, and says which recipe they are of.
     """
     folder = _folder(Path(path))
     described = folder / ("run.json" if (folder / "run.json").is_file() else "config.json")
@@ -57,7 +58,7 @@ def load(path: str | Path, trunk: nn.Module | None = None) -> VQSA:
     if problem:
         raise ValueError(
             f"{folder / WEIGHTS_FILE} does not fit {described.name} beside it: {problem}; "
-            "they are from different models"
+            f"the two are from different models{fitting(state)}"
         )
     net.load_state_dict(state)
     net.classes = classes

@@ -8,11 +8,13 @@ code's token first, so no tensor is transposed or reordered.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, TrunkName
+from model.fitting import fitting
 from model.naming import mismatch
 from model.vqsa import VQSA
 
@@ -27,6 +29,8 @@ _OTHERS = {
     "head.fc.weight": "fc.weight",
     "head.fc.bias": "fc.bias",
 }
+
+_NOT_THEIRS = ("codebook.initialised", "codebook.upkeep.")
 
 
 def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -48,7 +52,7 @@ def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[Mod
         if name not in state or state[name].ndim != 2:
             raise ValueError(
                 f"not a checkpoint of the authors' VQSA: it has no matrix {name!r} among its {len(state)} "
-                "tensors; plain trunk weights go into model.weights instead"
+                f"tensors{fitting(state)}"
             )
     config = config.model_copy(update={"codes": state["codebook.embeddings.weight"].shape[0]})
     names = _names(config, state["fc.weight"].shape[0])
@@ -69,14 +73,17 @@ def to_released(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
         ValueError: another variant (their network is fusion "concat" with attention), or a `state_dict` that
             is not the configuration's.
     """
-    if not config.attention or config.quantise == "none":
+    if not config.attention or config.quantise == "none" or config.top_k > 1 or config.centre:
         raise ValueError(
             "the authors' network has a codebook, fusion 'concat' and attention; this model has quantise "
-            f"{config.quantise!r}, fusion {config.fusion!r}, attention {config.attention}, so it has no form there"
+            f"{config.quantise!r}, fusion {config.fusion!r}, attention {config.attention}, top_k {config.top_k}, "
+            f"centre {config.centre}, so it has no form there"
         )
+    if config.trunk not in get_args(TrunkName):
+        raise ValueError(f"the authors' network has a torchvision trunk; this model's is {config.trunk!r}")
     names = _names(config, state["head.fc.weight"].shape[0])
     wanted = {name: shape for name, (_, shape) in names.items()}
-    problem = mismatch(wanted, {name: t for name, t in state.items() if name != "codebook.initialised"})
+    problem = mismatch(wanted, {name: t for name, t in state.items() if not name.startswith(_NOT_THEIRS)})
     if problem:
         raise ValueError(f"the tensors are not those of the configuration: {problem}")
     return {theirs: state[name] for name, (theirs, _) in names.items()}
@@ -85,10 +92,12 @@ def to_released(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
 def _names(config: ModelConfig, classes: int) -> dict[str, tuple[str, torch.Size]]:
     """Our name of every tensor, with their name and the shape."""
     with torch.device("meta"):
-        own = VQSA(config.model_copy(update={"weights": ""}), classes).state_dict()
+        own = VQSA(
+            config.model_copy(update={"weights": "", "ema": 0.0, "revive_after": 0}), classes
+        ).state_dict()
     names = {}
     for name, tensor in own.items():
-        if name == "codebook.initialised":
+        if name.startswith(_NOT_THEIRS):
             continue
         theirs = _OTHERS.get(name)
         if theirs is None:

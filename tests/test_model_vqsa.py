@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -137,6 +138,126 @@ def test_every_loss_moves_its_own_part_of_the_model() -> None:
             value, (model.codebook.codes, trunk), retain_graph=True, allow_unused=True
         )  # type: ignore[arg-type]
         assert tuple(grad is not None and bool(grad.any()) for grad in grads) == moved
+
+
+class _Map(nn.Module):
+    """A trunk whose whole output is a parameter, so that its gradient can be read off."""
+
+    def __init__(self, map_BDhw: Tensor) -> None:
+        super().__init__()
+        self.map_BDhw = nn.Parameter(map_BDhw)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.map_BDhw[: len(images)]
+
+
+def _exact_loss(model: VQSA, map_BDhw: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    """The whole objective once more, with plain autograd, the codes' choice given."""
+    config = model.config
+    parameters = dict(model.named_parameters())
+    codes_KD = parameters["codebook.codes"]
+    z_ND = map_BDhw.movedim(1, -1) if config.quantise == "map" else map_BDhw.mean((2, 3))
+    code_ND = codes_KD[index]
+    sum_or_mean = {"mean": 1, "sum": z_ND.shape[-1]}[config.reduction]
+    vq = (code_ND - z_ND.detach()).square().mean() * sum_or_mean
+    commit = (z_ND - code_ND.detach()).square().mean() * sum_or_mean
+    through_ND = z_ND + (code_ND - z_ND).detach()
+    e_BD = through_ND.mean((1, 2)) if config.quantise == "map" else through_ND
+    z_BD = map_BDhw.mean((2, 3))
+    fused = {"replace": e_BD, "add": z_BD + e_BD, "concat": torch.cat([e_BD, z_BD], 1)}[config.fusion]
+    if config.attention:
+        key, query, value = (
+            torch.stack([e_BD, z_BD], 1) @ parameters[f"attention.{name}"].T for name in ("K", "Q", "V")
+        )
+        weight_Bkq = torch.softmax(key @ query.mT / 2**0.5, dim=1)
+        fused = (weight_Bkq.mT @ value).flatten(1)
+    if "head.fuse.weight" in parameters:
+        fused = torch.relu(fused @ parameters["head.fuse.weight"].T + parameters["head.fuse.bias"])
+    logits = fused @ parameters["head.fc.weight"].T + parameters["head.fc.bias"]
+    return vq + 0.25 * commit + nn.functional.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("variant", VARIANTS[:-1], ids=IDS[:-1])
+def test_gradients_equal_float64_autograd(variant: dict[str, Any], metric: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    map_BDhw = torch.rand(6, 16, 2, 3, generator=g)
+    torch.manual_seed(0)
+    config = ModelConfig(codes=9, metric=metric, init="normal", reduction="sum", **variant)  # type: ignore[arg-type]
+    model = build(config, 5, trunk=_Map(map_BDhw))
+    labels = torch.randint(5, (6,), generator=g)
+    out = model(torch.zeros(6, 3, 8, 8), labels)
+    assert isinstance(out, Losses)
+    out.loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+
+    assert out.code_index is not None
+    codes_KD = model.codebook.codes.detach().double()  # type: ignore[union-attr]
+    z_ND = (map_BDhw.movedim(1, -1) if variant["quantise"] == "map" else map_BDhw.mean((2, 3))).double()
+    far_NK = (z_ND[..., None, :] - codes_KD).square().sum(-1)
+    if metric == "cosine":
+        far_NK = -nn.functional.cosine_similarity(z_ND[..., None, :], codes_KD, dim=-1)
+    assert torch.equal(out.code_index, far_NK.argmin(-1))
+
+    model.double().zero_grad()
+    exact = model.trunk.net.map_BDhw  # type: ignore[union-attr]
+    loss = _exact_loss(model, exact, labels, out.code_index)  # type: ignore[arg-type]
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss.float(), rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        grad = found[name]
+        assert grad is not None
+        assert parameter.grad is not None
+        worst = float((grad.double() - parameter.grad).abs().max() / parameter.grad.abs().max())
+        assert worst < 1e-5, (name, worst)
+
+
+@pytest.mark.filterwarnings("ignore:codebook of")
+@pytest.mark.parametrize("quantise", ["map", "pooled"])
+def test_a_common_offset_changes_no_code(quantise: str) -> None:
+    """Features and codes moved together by 100 standard deviations choose as float64 does."""
+    g = torch.Generator().manual_seed(2)
+    map_BDhw = torch.randn(32, 64, 4, 4, generator=g)
+    map_BDhw = map_BDhw + 100 * map_BDhw.std()
+    model = build(ModelConfig(codes=200, quantise=quantise), 5, trunk=_Map(map_BDhw))  # type: ignore[arg-type]
+    model.initialise_codebook(torch.zeros(32, 3, 8, 8))
+    with torch.no_grad():
+        model.codebook.codes.add_(0.3 * torch.randn(200, 64, generator=g))  # type: ignore[union-attr]
+    found = model.eval()(torch.zeros(32, 3, 8, 8), return_features=True).code_index
+    z_ND = map_BDhw.movedim(1, -1) if quantise == "map" else map_BDhw.mean((2, 3))
+    codes_KD = model.codebook.codes.detach().double()  # type: ignore[union-attr]
+    assert torch.equal(found, torch.stack([(z.double() - codes_KD).square().sum(-1).argmin() for z in
+                                           z_ND.flatten(0, -2)]).view(found.shape))  # fmt: skip
+
+
+def test_moving_state_is_not_sent_between_ranks_in_every_pass() -> None:
+    model = _model(ema=0.9, revive_after=3)
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    assert {"codebook.upkeep.ema_sum_KD", "codebook.upkeep.recent_K"} <= ignored
+    assert not any(name.startswith("trunk.") for name in ignored)
+
+
+def test_update_codebook_takes_the_steps_outputs() -> None:
+    images, labels = _batch()
+    model = _model(ema=0.5, revive_after=1, freeze_bn=True)
+    model.initialise_codebook(images)
+    whole, halves = copy.deepcopy(model), copy.deepcopy(model)
+    out = whole(images, labels)
+    assert out.features.shape == (32, 512)
+    assert not out.features.requires_grad
+    before_KD = whole.codebook.codes.clone()  # type: ignore[union-attr]
+    whole.update_codebook(out)
+    assert not torch.equal(whole.codebook.codes, before_KD)  # type: ignore[union-attr]
+    halves.update_codebook(*(halves(i, t) for i, t in zip(images.chunk(2), labels.chunk(2), strict=True)))
+    torch.testing.assert_close(halves.codebook.codes, whole.codebook.codes)  # type: ignore[union-attr]
+    plain = _model()
+    out = plain(images, labels)
+    assert out.features is None
+    plain.update_codebook(out)  # nothing to do
+    assert out.finite.tolist() == [True] * 8
+    broken = images.clone()
+    broken[3, 0, 5, 5] = torch.nan
+    assert plain.eval()(broken, labels).finite.tolist() == [True] * 3 + [False] + [True] * 4
 
 
 def test_beta_and_lambda_weigh_the_losses() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -100,10 +101,31 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
     other = {name: tensor for name, tensor in good.items() if name != "attention.K"}
     save_file({**other, "surplus": torch.zeros(1)}, path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing attention\.K; unexpected surplus; other shapes none"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing attention\.K; unexpected surplus; other shapes none; .* fusion 'concat' without attention",
+    ):
         model.load(path)
     save_file({**good, "codebook.codes": torch.zeros(5, 512)}, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"codebook\.codes \(5, 512\) instead of \(6, 512\)"):
+        model.load(path)
+    # Tensors of a whole other model: says what they are, and which recipe has them.
+    for choices, match in (
+        ({"quantise": "none", "attention": False}, "trunk resnet10, no codebook: recipe finetune"),
+        (
+            {"codes": 9, "ema": 0.9},
+            "trunk resnet10, 9 codes, fusion 'concat' with attention, ema: recipe paper",
+        ),
+        ({"fusion": "add", "attention": False}, "6 codes, fusion 'replace' or 'add': recipe replace or add"),
+    ):
+        net = model.build(ModelConfig(**({"trunk": "resnet10", "codes": 6} | choices)), len(CLASSES))
+        save_file(net.state_dict(), path / "model.safetensors")
+        with pytest.raises(ValueError, match=match):
+            model.load(path)
+    save_file(torchvision.models.resnet18().state_dict(), path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"a plain resnet18 with its classifier: give them as model\.weights"
+    ):
         model.load(path)
     (path / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
@@ -166,9 +188,13 @@ def test_predict_as_a_command_and_its_errors(tmp_path: Path) -> None:
             cwd=root, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
+    command += ["--overlays", str(tmp_path / "maps")]
     done = run(tmp_path / "a.png", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a.png") == 2
+    for name in ("000_a.png", "001_a.png"):
+        assert f"heat map  {tmp_path / 'maps' / name}" in done.stdout
+        assert Image.open(tmp_path / "maps" / name).size == (64, 64)
+    assert done.stdout.count("/a.png") == 2
     assert all(done.stdout.count(name) == 2 for name in CLASSES)
     assert "codes  " in done.stdout
     config = PipelineConfig(image_size=64, constants="imagenet")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from model.codebook.global_batch import GlobalBatch
 from model.codebook.kmeans import kmeans
 from model.codebook.quantize import Quantised, quantize
-from model.codebook.search import Metric
 from model.codebook.top_k import Weights, quantize_top_k
 from model.codebook.upkeep import Upkeep
 from model.codebook.usage import Usage
+from model.config import Metric
 
 Initialisation = Literal["data", "kmeans", "uniform03", "uniform_1n", "normal"]
 

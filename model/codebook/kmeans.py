@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model.codebook.global_batch import GlobalBatch
 from model.codebook.quantize import about
-from model.codebook.search import Metric, nearest_code
+from model.codebook.search import nearest_code
+from model.config import Metric
 
 
 def kmeans(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from model.codebook.quantize import Quantised, about, gather_codes, straight_through
-from model.codebook.search import Metric, _fold, _vectors
+from model.codebook.search import _fold, _vectors
+from model.config import Metric
 
 Weights = Literal["mean", "softmax"]
 
