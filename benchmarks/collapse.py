@@ -42,16 +42,17 @@ BEST = (
 )
 KMEANS = {"init": "kmeans", "init_batches": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "k-means, moving average, revival": {**KMEANS, "ema": 0.99, "revive_after": 20},
-    "k-means, revival": {**KMEANS, "revive_after": 20},
-    "k-means, moving average, revival, centred cosine": {
-        **KMEANS, "ema": 0.99, "revive_after": 20, "metric": "cosine", "centre": True,
-    },
     "U(0, 3), Euclidean": {"init": "uniform03"},
     "paper (data, Euclidean)": {"init": "data"},
-    "k-means, moving average": {**KMEANS, "ema": 0.99},
-    "k-means": KMEANS,
     "released (pooled, cosine, U(0, 3))": {"init": "uniform03", "metric": "cosine", "quantise": "pooled"},
+    "k-means": KMEANS,
+    "k-means, moving average": {**KMEANS, "ema": 0.95},
+    "k-means, revival": {**KMEANS, "revive_after": 10},
+    "k-means, moving average, revival": {**KMEANS, "ema": 0.95, "revive_after": 10},
+    "k-means, slow moving average, revival": {**KMEANS, "ema": 0.99, "revive_after": 10},
+    "k-means, moving average, revival, centred cosine": {
+        **KMEANS, "ema": 0.95, "revive_after": 10, "metric": "cosine", "centre": True,
+    },
 }  # fmt: skip
 
 

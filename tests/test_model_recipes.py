@@ -1,4 +1,4 @@
-"""The ablations' recipes: each loads, and differs from the paper's only where its name says."""
+"""The recipes: each loads, and an ablation differs from the paper's only where its name says."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "resnext101_32x8d": {"model.trunk": "resnext101_32x8d"},
     "resnext101_64x4d": {"model.trunk": "resnext101_64x4d"},
     "no_corruptions": {"pipeline.kinds": []},
+    "best": {"model.init": "kmeans", "model.init_batches": 16, "model.ema": 0.99, "model.revive_after": 20},
 }
+EVERY = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def _config(name: str) -> RunConfig:
@@ -60,3 +62,29 @@ def test_differs_from_the_papers_only_where_it_says(name: str) -> None:
 )
 def test_parameters(name: str, full: int) -> None:
     assert count(_config(name).model, 1000)[-1].parameters == full
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_is_complete_but_for_a_length_the_paper_does_not_state(name: str) -> None:
+    config = _config(name)
+    if config.epochs is None and config.steps is None:
+        with pytest.raises(ValueError, match="the run has no length: say epochs or steps"):
+            config.total_steps(1000)
+    else:
+        assert config.total_steps(1000) > 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_wrong_option_fails_when_it_is_read(name: str) -> None:
+    settings = read_recipe(RECIPES / f"{name}.toml")
+    wrong = {**settings, "model": {**settings["model"], "fusoin": "concat"}}
+    with pytest.raises(
+        ValueError, match=r"r\.toml: unknown key 'model\.fusoin'; did you mean 'model\.fusion'"
+    ):
+        validated(RunConfig, wrong, "r.toml")
+    wrong = {**settings, "model": {**settings["model"], "init": "zeros"}}
+    with pytest.raises(ValueError, match=r"r\.toml: model\.init: .*'kmeans'.*got 'zeros'"):
+        validated(RunConfig, wrong, "r.toml")
+    wrong = {**settings, "model": {**settings["model"], "top_k": 3, "ema": 0.5}}
+    with pytest.raises(ValueError, match="set ema to 0, or top_k to 1"):
+        validated(RunConfig, wrong, "r.toml")
