@@ -18,7 +18,7 @@ BUILD_NEEDS := scikit-build-core cmake ninja nvidia-dali-cuda130 nvidia-cuda-run
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find shards/csrc pipeline/corruptions/csrc -type f 2>/dev/null)
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find shards/csrc pipeline/corruptions/csrc model/codebook/csrc -type f 2>/dev/null)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	  { echo "vqsa needs Python 3.11 to 3.13, found $$($(PYTHON) --version); say make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
@@ -48,4 +48,4 @@ gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
 clean:
-	rm -rf build $(VENV)/ready shards/*.so pipeline/corruptions/*.so
+	rm -rf build $(VENV)/ready shards/*.so pipeline/corruptions/*.so model/codebook/*.so

@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 from model.codebook import nearest_code, search
+from tests.hostile_codebooks import (
+    CASES,
+    NAMES,
+    Case,
+    all_equal,
+    collapsed,
+    data,
+    near_duplicates,
+    offset,
+    relu,
+)
 
 # Shapes: N = features, K = codes, D = feature dimension.
 
@@ -62,99 +73,15 @@ def _assert_exact(z_ND: Tensor, codes_KD: Tensor, metric: str = "l2", memory_mib
     )
 
 
-def _gaussian(generator: torch.Generator, rows: int, dim: int) -> Tensor:
-    return torch.randn(rows, dim, generator=generator)
-
-
-def _relu(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    return _gaussian(g, n, d).relu(), _gaussian(g, k, d).relu()
-
-
-def _uniform_1n(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    return _gaussian(g, n, d).relu(), (torch.rand(k, d, generator=g) * 2 - 1) / k
-
-
-def _centres(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    z_ND = _gaussian(g, n, d).relu()
-    return z_ND, z_ND[torch.randint(n, (k, 4), generator=g)].mean(1)
-
-
-def _duplicates(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    distinct_ED = _gaussian(g, max(1, k // 3), d)
-    return _gaussian(g, n, d), distinct_ED[torch.randint(len(distinct_ED), (k,), generator=g)]
-
-
-def _near_duplicates(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    codes_KD = _gaussian(g, k, d)
-    half = k // 2
-    codes_KD[half : 2 * half] = codes_KD[:half] * (1 + 1e-3 * _gaussian(g, half, d))
-    return codes_KD[torch.randint(k, (n,), generator=g)] + 0.1 * _gaussian(g, n, d), codes_KD
-
-
-def _last_bit_duplicates(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Codes that differ in the last bit of one value: float32 sums cannot tell them apart."""
-    codes_KD = _gaussian(g, 1, d).repeat(k, 1)
-    where_K = torch.randint(d, (k,), generator=g)
-    codes_KD[torch.arange(k), where_K] = torch.nextafter(
-        codes_KD[torch.arange(k), where_K], torch.tensor(9.0)
-    )
-    return _gaussian(g, n, d), codes_KD
-
-
-def _collapsed(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    centre_CD = _gaussian(g, 100, d).relu()
-    codes_KD = centre_CD[torch.arange(k) % 100]
-    codes_KD[k // 2 :] += 1e-7 * _gaussian(g, k - k // 2, d)
-    return _gaussian(g, n, d).relu(), codes_KD
-
-
-def _offset(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    shift_D = 1000 * _gaussian(g, 1, d)
-    return _gaussian(g, n, d) + shift_D, _gaussian(g, k, d) + shift_D
-
-
-def _norms(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    z_ND, codes_KD = _gaussian(g, n, d), _gaussian(g, k, d)
-    return z_ND * torch.logspace(-20, 15, n)[:, None], codes_KD * torch.logspace(-20, 15, k)[:, None]
-
-
-def _norms_of_features(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    return _gaussian(g, n, d) * torch.logspace(-20, 15, n)[:, None], _gaussian(g, k, d)
-
-
-def _ends_of_range(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    codes_KD = _gaussian(g, k, d).clamp(-1, 1)
-    codes_KD[::2] *= 3e38
-    codes_KD[1::2] *= 1e-44
-    return codes_KD[torch.randint(k, (n,), generator=g)].roll(1, 1), codes_KD
-
-
-def _all_equal(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    return torch.ones(n, d), torch.ones(k, d)
-
-
-Case = Callable[[torch.Generator, int, int, int], tuple[Tensor, Tensor]]
-CASES: list[Case] = [
-    lambda g, n, k, d: (_gaussian(g, n, d), _gaussian(g, k, d)),
-    _relu, _uniform_1n, _centres, _duplicates, _near_duplicates, _last_bit_duplicates, _collapsed,
-    _offset, _norms, _norms_of_features, _ends_of_range,
-]  # fmt: skip
-NAMES = ["gaussian", *(case.__name__.strip("_") for case in CASES[1:])]
-
-
-def _data(case: Case, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    return case(torch.Generator().manual_seed(7), n, k, d)
-
-
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_exact_on_hostile_data(case: Case, metric: str) -> None:
-    _assert_exact(*_data(case, 63, 301, 130), metric=metric)
+    _assert_exact(*data(case, 63, 301, 130), metric=metric)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_exact_in_many_blocks(case: Case) -> None:
-    z_ND, codes_KD = _data(case, 250, 333, 65)
+    z_ND, codes_KD = data(case, 250, 333, 65)
     sizes = search.block_sizes(250, 333, 65, memory_mib=1)
     assert sizes.features < 250
     assert sizes.codes < 333
@@ -165,9 +92,9 @@ def test_exact_in_many_blocks(case: Case) -> None:
     assert torch.equal(small[1], large[1])
 
 
-@pytest.mark.parametrize("case", [CASES[0], _near_duplicates, _offset, _collapsed])
+@pytest.mark.parametrize("case", [CASES[0], near_duplicates, offset, collapsed])
 def test_exact_at_the_trunk_dimension(case: Case) -> None:
-    _assert_exact(*_data(case, 40, 300, 2048))
+    _assert_exact(*data(case, 40, 300, 2048))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +102,7 @@ def test_exact_at_the_trunk_dimension(case: Case) -> None:
 )
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_odd_and_smallest_sizes(n: int, k: int, d: int, metric: str) -> None:
-    z_ND, codes_KD = _data(CASES[0], n, k, d)
+    z_ND, codes_KD = data(CASES[0], n, k, d)
     if n:
         _assert_exact(z_ND, codes_KD, metric)
     else:
@@ -186,14 +113,14 @@ def test_odd_and_smallest_sizes(n: int, k: int, d: int, metric: str) -> None:
 @pytest.mark.parametrize("z_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("codes_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes_may_differ_and_stored_values_count(z_dtype: torch.dtype, codes_dtype: torch.dtype) -> None:
-    z_ND, codes_KD = _data(_relu, 64, 200, 96)
+    z_ND, codes_KD = data(relu, 64, 200, 96)
     _assert_exact(z_ND.to(z_dtype), codes_KD.to(codes_dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_error_bound_holds(case: Case) -> None:
     """The certificate itself: least score <= true score <= least score + margin, for every pair."""
-    z_ND, codes_KD = _data(case, 50, 200, 512)
+    z_ND, codes_KD = data(case, 50, 200, 512)
     centre_D = codes_KD.double().mean(0)
     scale = 1 / codes_KD.abs().max().double()
     codes = search._prepare(codes_KD, False, centre_D, scale)
@@ -216,7 +143,7 @@ def test_error_bound_holds(case: Case) -> None:
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_reduced_precision_elsewhere_changes_nothing(precision: str) -> None:
-    z_ND, codes_KD = _data(_near_duplicates, 200, 300, 512)
+    z_ND, codes_KD = data(near_duplicates, 200, 300, 512)
     expected = nearest_code(z_ND, codes_KD)
     torch.set_float32_matmul_precision(precision)
     try:
@@ -244,7 +171,7 @@ def test_products_are_full_float32_inside_and_as_before_outside(monkeypatch: pyt
     torch.set_float32_matmul_precision("medium")
     try:
         before = [backend.fp32_precision for backend in backends]
-        nearest_code(*_data(CASES[0], 3, 4, 5))
+        nearest_code(*data(CASES[0], 3, 4, 5))
         assert [backend.fp32_precision for backend in backends] == before
         assert "ieee" not in before
     finally:
@@ -255,7 +182,7 @@ def test_products_are_full_float32_inside_and_as_before_outside(monkeypatch: pyt
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_non_finite_features_are_flagged(bad: float, metric: str) -> None:
-    z_ND, codes_KD = _data(CASES[0], 9, 20, 33)
+    z_ND, codes_KD = data(CASES[0], 9, 20, 33)
     expected_N, _ = nearest_code(z_ND, codes_KD, metric)  # type: ignore[arg-type]
     z_ND[4, 7] = bad
     index_N, sqdist_N = nearest_code(z_ND, codes_KD, metric)  # type: ignore[arg-type]
@@ -269,7 +196,7 @@ def test_non_finite_features_are_flagged(bad: float, metric: str) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_non_finite_code_flags_every_feature(bad: float, metric: str) -> None:
-    z_ND, codes_KD = _data(CASES[0], 9, 20, 33)
+    z_ND, codes_KD = data(CASES[0], 9, 20, 33)
     codes_KD[3, 2] = bad
     index_N, sqdist_N = nearest_code(z_ND, codes_KD, metric)  # type: ignore[arg-type]
     assert index_N.tolist() == [-1] * 9
@@ -277,7 +204,7 @@ def test_non_finite_code_flags_every_feature(bad: float, metric: str) -> None:
 
 
 def test_cosine_of_zero_vectors() -> None:
-    z_ND, codes_KD = _data(CASES[0], 6, 8, 5)
+    z_ND, codes_KD = data(CASES[0], 6, 8, 5)
     z_ND[2] = 0
     codes_KD[3] = 0
     index_N, sqdist_N = nearest_code(z_ND, codes_KD, "cosine")
@@ -293,7 +220,7 @@ def test_cosine_of_zero_vectors() -> None:
 
 
 def test_cosine_is_two_minus_two_cos() -> None:
-    z_ND, codes_KD = _data(CASES[0], 30, 40, 64)
+    z_ND, codes_KD = data(CASES[0], 30, 40, 64)
     index_N, sqdist_N = nearest_code(z_ND, codes_KD, "cosine")
     cos_NK = torch.nn.functional.cosine_similarity(z_ND[:, None].double(), codes_KD[None].double(), dim=-1)
     assert torch.equal(index_N, cos_NK.argmax(1))
@@ -317,12 +244,12 @@ def _peak_bytes(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize(
     ("case", "n", "k", "d", "memory_mib"),
-    [(CASES[0], 100, 3000, 4, 1), (_all_equal, 100, 3000, 4, 1), (CASES[0], 30, 400, 2048, 6)],
+    [(CASES[0], 100, 3000, 4, 1), (all_equal, 100, 3000, 4, 1), (CASES[0], 30, 400, 2048, 6)],
 )
 def test_workspace_stays_within_the_budget(
     case: Case, metric: str, n: int, k: int, d: int, memory_mib: int
 ) -> None:
-    z_ND, codes_KD = _data(case, n, k, d)
+    z_ND, codes_KD = data(case, n, k, d)
     sizes = search.block_sizes(n, k, d, memory_mib)
     assert sizes.features < n or sizes.codes < k
     peak = _peak_bytes(lambda: search._search(z_ND, codes_KD, metric == "cosine", memory_mib))
@@ -336,7 +263,7 @@ def test_too_small_a_budget_says_what_is_needed() -> None:
 
 
 def test_operator_is_well_formed_and_compiles_whole() -> None:
-    z_ND, codes_KD = _data(CASES[0], 13, 17, 8)
+    z_ND, codes_KD = data(CASES[0], 13, 17, 8)
     torch.library.opcheck(torch.ops.vqsa.nearest_code.default, (z_ND, codes_KD, "l2", 256))
     compiled = torch.compile(nearest_code, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z_ND, codes_KD)[0], nearest_code(z_ND, codes_KD)[0])
@@ -346,7 +273,7 @@ def test_operator_is_well_formed_and_compiles_whole() -> None:
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_cuda_gives_the_same_bits(case: Case, metric: str) -> None:
-    z_ND, codes_KD = _data(case, 63, 301, 130)
+    z_ND, codes_KD = data(case, 63, 301, 130)
     expected = nearest_code(z_ND, codes_KD, metric)  # type: ignore[arg-type]
     found = nearest_code(z_ND.cuda(), codes_KD.cuda(), metric)  # type: ignore[arg-type]
     assert torch.equal(expected[0], found[0].cpu())

@@ -1,6 +1,7 @@
 """Vector-quantisation codebook: exact search, straight-through quantisation, deterministic gradients."""
 
 from model.codebook.codebook import Codebook
+from model.codebook.prepared import PreparedCodebook
 from model.codebook.quantize import Quantised, quantize
 from model.codebook.search import nearest_code
 from model.codebook.segment_sum import segment_sum, segment_sum_dense
@@ -9,6 +10,7 @@ from model.codebook.usage import codes_used, distance_statistics, perplexity
 
 __all__ = [
     "Codebook",
+    "PreparedCodebook",
     "Quantised",
     "codes_used",
     "distance_statistics",

@@ -10,8 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.codebook.search import Metric, nearest_code
+from model.codebook.kernels import kernels_for
+from model.codebook.prepared import Metric, PreparedCodebook
+from model.codebook.search import check_vectors, nearest_code, search_in_blocks
 from model.codebook.segment_sum import segment_sum_dense
+
+_ROWS = 1024  # features whose losses are summed at a time on a CPU
 
 
 class Quantised(NamedTuple):
@@ -68,6 +72,82 @@ def _gather_backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor) 
 gather_codes.register_autograd(_gather_backward, setup_context=_remember)
 
 
+@torch.library.custom_op("vqsa::quantize", mutates_args=())
+def _quantize(
+    z_ND: Tensor, codes_KD: Tensor, metric: str, memory_mib: int, prepared: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Search, gather and Σ‖z − e‖² in one pass: quantised, index, sqdist, and the sum twice (float64 scalars).
+
+    The sum comes twice because its two gradients go two ways: the first to the codes, the second to the
+    features.
+    """
+    cosine = metric == "cosine"
+    fused = kernels_for(z_ND, "auto")
+    if fused is not None:
+        z_ND, codes_KD = z_ND.contiguous(), codes_KD.contiguous()
+        ready = fused.prepare(codes_KD, cosine) if prepared is None else prepared
+        found = fused.search(z_ND, codes_KD, cosine, ready, gather=True)
+        total = found.error_N.sum()
+        return found.quantised_ND, found.index_N, found.sqdist_N, total, total.clone()
+    index_N, sqdist_N = search_in_blocks(z_ND, codes_KD, cosine, memory_mib)
+    code_ND = codes_KD.index_select(0, index_N.clamp_min(0)).float()
+    total = torch.zeros((), dtype=torch.float64, device=z_ND.device)
+    for start in range(0, z_ND.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        total += (code_ND[rows].double() - z_ND[rows].double()).square().sum()
+    total.masked_fill_((index_N < 0).any(), torch.nan)
+    return code_ND, index_N, sqdist_N, total, total.clone()
+
+
+@_quantize.register_fake
+def _(
+    z_ND: Tensor, codes_KD: Tensor, metric: str, memory_mib: int, prepared: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count, dim = z_ND.shape
+    return (
+        z_ND.new_empty((count, dim), dtype=torch.float32),
+        z_ND.new_empty(count, dtype=torch.int64),
+        z_ND.new_empty(count, dtype=torch.float32),
+        z_ND.new_empty((), dtype=torch.float64),
+        z_ND.new_empty((), dtype=torch.float64),
+    )
+
+
+def _remember_vectors(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)  # so that a loss has no gradient at all for the other side
+    ctx.save_for_backward(inputs[0], output[0], output[1])
+    ctx.codes, ctx.codes_dtype = inputs[1].shape[0], inputs[1].dtype  # type: ignore[attr-defined]
+
+
+def _quantize_backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    through_ND: Tensor | None,
+    _index: Tensor | None,
+    _sqdist: Tensor | None,
+    vq: Tensor | None,
+    commit: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    z_ND, code_ND, index_N = ctx.saved_tensors  # type: ignore[attr-defined]
+    towards_z, towards_codes = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    away_ND = code_ND - z_ND.float()
+    z_grad_ND = codes_grad_KD = None
+    if towards_z and commit is not None:
+        z_grad_ND = away_ND * (-2 * commit).float()
+    if towards_z and through_ND is not None:
+        z_grad_ND = through_ND if z_grad_ND is None else z_grad_ND + through_ND
+    if z_grad_ND is not None:
+        z_grad_ND = z_grad_ND.to(z_ND.dtype)
+    if towards_codes and vq is not None:
+        codes_grad_KD = _sum_by_code(away_ND * (2 * vq).float(), index_N, ctx.codes)  # type: ignore[attr-defined]
+        codes_grad_KD = codes_grad_KD.to(ctx.codes_dtype)  # type: ignore[attr-defined]
+    return z_grad_ND, codes_grad_KD, None, None, None
+
+
+_quantize.register_autograd(_quantize_backward, setup_context=_remember_vectors)
+
+
 def quantize(
     z_ND: Tensor,
     codes_KD: Tensor,
@@ -75,6 +155,7 @@ def quantize(
     reduction: Literal["mean", "sum"] = "mean",
     memory_mib: int = 256,
     centre_D: Tensor | None = None,
+    prepared: PreparedCodebook | None = None,
 ) -> Quantised:
     """Replace each feature by its nearest code, with gradients for training.
 
@@ -86,19 +167,29 @@ def quantize(
         memory_mib: workspace of the search.
         centre_D: subtracted from features and codes before they are compared, and only there; changes
             nothing under "l2" but rounding.
+        prepared: as in `nearest_code`; not with a centre.
 
     Returns:
-        Quantised. Everything is computed in float32, under autocast too. The gradient of the codes is the
-        same bits in every run; codes that no feature chose get zero.
+        Quantised. Everything is computed in float32 or better, under autocast too. The gradient of the codes
+        is the same bits in every run; codes that no feature chose get zero.
 
     Raises:
         ValueError, TypeError: as `nearest_code`; ValueError for another reduction.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"quantize knows the reductions 'mean' and 'sum', got {reduction!r}")
+    check_vectors(z_ND, codes_KD, metric, "auto")
     with torch.autocast(z_ND.device.type, enabled=False):
-        index_N, sqdist_N = nearest_code(*about(z_ND, codes_KD, centre_D), metric, memory_mib=memory_mib)
-        return straight_through(z_ND, gather_codes(codes_KD, index_N), index_N, sqdist_N, reduction)
+        if centre_D is not None:
+            index_N, sqdist_N = nearest_code(*about(z_ND, codes_KD, centre_D), metric, memory_mib=memory_mib)
+            return straight_through(z_ND, gather_codes(codes_KD, index_N), index_N, sqdist_N, reduction)
+        ready = None if prepared is None else prepared.buffer_for(codes_KD, metric)
+        quantised_ND, index_N, sqdist_N, vq_sum, commit_sum = _quantize(
+            z_ND, codes_KD, metric, memory_mib, ready
+        )
+        divisor = z_ND.numel() if reduction == "mean" else z_ND.shape[0]
+        vq_loss, commit_loss = (vq_sum / divisor).float(), (commit_sum / divisor).float()
+        return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss)
 
 
 def straight_through(

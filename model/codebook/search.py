@@ -3,7 +3,8 @@
 A half-exact search would be cheap and wrong on near ties, so each block is searched in two stages: float32
 scores with a certified bound on their error leave a few candidates per feature, and only those are measured
 in float64. The winner of the exact distances is always among the candidates, however many there are: a
-feature with many (equal codes, a collapsed codebook) costs more time, never a wrong answer.
+feature with many (equal codes, a collapsed codebook) costs more time, never a wrong answer. The kernels for
+CUDA (csrc/) do the same with float16 scores; docs/codebook.md tells how.
 
 Shapes: N = features, K = codes, D = feature dimension, R = features of a block, C = codes of a block,
 P = candidate pairs.
@@ -18,7 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Metric = Literal["l2", "cosine"]
+from model.codebook.kernels import kernels_for
+from model.codebook.prepared import Metric, PreparedCodebook
 
 _UNIT = 2.0**-24  # half a float32 unit in the last place
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,8 +31,9 @@ def nearest_code(
     z_ND: Tensor,
     codes_KD: Tensor,
     metric: Metric = "l2",
-    impl: Literal["auto", "torch"] = "auto",
+    impl: Literal["auto", "torch", "cuda"] = "auto",
     memory_mib: int = 256,
+    prepared: PreparedCodebook | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the nearest code to each feature, exactly.
 
@@ -44,8 +47,11 @@ def nearest_code(
         codes_KD: codebook, of the same or another of these types, on the same device; K and D >= 1.
         metric: "l2", or "cosine": both sides are normalised first (in float64), so that the squared distance
             is 2 − 2 cos. A zero feature gets index 0; the cosine to a zero code is 0.
-        impl: "auto" takes the fastest implementation for the device, "torch" the one in this file.
-        memory_mib: limit on the workspace in MiB, beside inputs and outputs.
+        impl: "cuda" takes the kernels, "torch" the implementation in this file, "auto" the kernels where they
+            can be used.
+        memory_mib: limit on the workspace of "torch" in MiB, beside inputs and outputs. The kernels need less
+            than 64, and the prepared codebook.
+        prepared: what the kernels need to know of these codes, if it is at hand; else they find out first.
 
     Returns:
         index_N: int64 in [0, K), or −1 for a feature that holds NaN or infinity. A code that does flags every
@@ -53,13 +59,21 @@ def nearest_code(
         sqdist_N: float32 >= 0, NaN where the index is −1.
 
     Raises:
-        ValueError: shapes, devices, metric, implementation or memory do not fit.
+        ValueError: shapes, devices, metric, implementation, memory or prepared codebook do not fit.
         TypeError: another dtype.
 
     Not differentiable: `quantize` adds the straight-through step. Runs under autocast and
-    `set_float32_matmul_precision` without being changed by either. On CUDA this implementation waits for the
-    device once per block, to learn how many candidates there are; flagging non-finite values needs no wait.
+    `set_float32_matmul_precision` without being changed by either. The kernels queue on the current stream and
+    never wait for the device; "torch" on CUDA waits once per block, to learn how many candidates there are.
     """
+    check_vectors(z_ND, codes_KD, metric, impl)
+    ready = None if prepared is None else prepared.buffer_for(codes_KD, metric)
+    index_N, sqdist_N = _nearest_code(z_ND.detach(), codes_KD.detach(), metric, memory_mib, impl, ready)
+    return index_N, sqdist_N
+
+
+def check_vectors(z_ND: Tensor, codes_KD: Tensor, metric: str, impl: str) -> None:
+    """Raise what `nearest_code` says it raises."""
     if z_ND.ndim != 2 or codes_KD.ndim != 2 or z_ND.shape[1] != codes_KD.shape[1]:
         raise ValueError(
             f"nearest_code needs z (N, D) and codes (K, D), got {tuple(z_ND.shape)} and "
@@ -78,25 +92,46 @@ def nearest_code(
         )
     if metric not in ("l2", "cosine"):
         raise ValueError(f"nearest_code knows the metrics 'l2' and 'cosine', got {metric!r}")
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"nearest_code knows the implementations 'auto' and 'torch', got {impl!r}")
-    # One implementation serves every device so far; a fused one is chosen here, by device, under "auto".
-    index_N, sqdist_N = _nearest_code_torch(z_ND.detach(), codes_KD.detach(), metric, memory_mib)
-    return index_N, sqdist_N
+    if impl not in ("auto", "torch", "cuda"):
+        raise ValueError(f"nearest_code knows the implementations 'auto', 'torch' and 'cuda', got {impl!r}")
 
 
 @torch.library.custom_op("vqsa::nearest_code", mutates_args=())
-def _nearest_code_torch(
-    z_ND: Tensor, codes_KD: Tensor, metric: str, memory_mib: int
+def _nearest_code(
+    z_ND: Tensor,
+    codes_KD: Tensor,
+    metric: str,
+    memory_mib: int,
+    impl: str = "auto",
+    prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(z_ND.device.type, enabled=False), _full_float32():
-        return _search(z_ND, codes_KD, metric == "cosine", memory_mib)
+    cosine = metric == "cosine"
+    fused = kernels_for(z_ND, impl)
+    if fused is not None:
+        z_ND, codes_KD = z_ND.contiguous(), codes_KD.contiguous()
+        ready = fused.prepare(codes_KD, cosine) if prepared is None else prepared
+        found = fused.search(z_ND, codes_KD, cosine, ready)
+        return found.index_N, found.sqdist_N
+    return search_in_blocks(z_ND, codes_KD, cosine, memory_mib)
 
 
-@_nearest_code_torch.register_fake
-def _(z_ND: Tensor, codes_KD: Tensor, metric: str, memory_mib: int) -> tuple[Tensor, Tensor]:
+@_nearest_code.register_fake
+def _(
+    z_ND: Tensor,
+    codes_KD: Tensor,
+    metric: str,
+    memory_mib: int,
+    impl: str = "auto",
+    prepared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     count = z_ND.shape[0]
     return z_ND.new_empty(count, dtype=torch.int64), z_ND.new_empty(count, dtype=torch.float32)
+
+
+def search_in_blocks(z_ND: Tensor, codes_KD: Tensor, cosine: bool, memory_mib: int) -> tuple[Tensor, Tensor]:
+    """`nearest_code` with torch alone, whatever precision products have elsewhere."""
+    with torch.autocast(z_ND.device.type, enabled=False), _full_float32():
+        return _search(z_ND, codes_KD, cosine, memory_mib)
 
 
 @contextmanager
@@ -177,6 +212,7 @@ class _Codes(NamedTuple):
     shifted_CD: Tensor  # float32, centred and scaled
     norm_C: Tensor  # float32
     half_square_C: Tensor  # float32, ½‖e‖² plus the surcharge of a zero code
+    cosine: bool
 
 
 def _prepare(stored_CD: Tensor, cosine: bool, centre_D: Tensor, scale: Tensor) -> _Codes:
@@ -184,7 +220,7 @@ def _prepare(stored_CD: Tensor, cosine: bool, centre_D: Tensor, scale: Tensor) -
     shifted_CD = exact_CD.sub_(centre_D).mul_(scale).float()
     norm_C = torch.linalg.vector_norm(shifted_CD, dim=1, dtype=torch.float64)
     half_square_C = 0.5 * (norm_C.square() + zero_C * scale.square())
-    return _Codes(shifted_CD, norm_C.float(), half_square_C.float())
+    return _Codes(shifted_CD, norm_C.float(), half_square_C.float(), cosine)
 
 
 def _search(z_ND: Tensor, codes_KD: Tensor, cosine: bool, memory_mib: int) -> tuple[Tensor, Tensor]:
@@ -253,6 +289,9 @@ def _candidates(
     # codes.
     rounding = 1.01 * (dim.bit_length() + 3) * 2.0**-53
     most_R += rounding * (length_R.square() / weight_R + 2 * length_R * norm_R + weight_R * norm_R.square())
+    if codes.cosine:
+        # Dividing by the norms rounds each number: a distance may be off by 2^-51 of the unit vectors' length.
+        most_R += 2.0**-49 * (length_R + 2 * weight_R)
     torch.minimum(limit_R, most_R, out=limit_R)
     # A zero feature under cosine is settled without a search; NaN compares false and leaves no candidate.
     return (least_RC <= limit_R.masked_fill(zero_R, -torch.inf)[:, None]).nonzero()

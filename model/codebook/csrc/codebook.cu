@@ -1,0 +1,262 @@
+// The C interface: sizes, choice of tiles, and the launches of each stage in order.
+#include "codebook.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "prepare.h"
+#include "resolve.h"
+
+namespace vqsa::codebook {
+namespace {
+
+thread_local std::string last_error;
+
+using Large = Tile<256, 2, 4>;
+using LargeShort = Tile<256, 2, 3>;  // for 99 KB of shared memory (sm_86, sm_89)
+using Small = Tile<64, 4, 4>;
+
+constexpr int64_t kShadowBytes = 32 << 20;  // features converted at a time
+constexpr size_t kFoldBytes = kFoldWidth * sizeof(double);
+constexpr size_t kScratchBytes = kFoldBytes;
+
+int fail(const char* what, const char* why) {
+  last_error = std::string(what) + ": " + why;
+  return 1;
+}
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+/// Hands out pieces of a buffer, or only counts them when there is none.
+struct Pieces {
+  unsigned char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return piece;
+  }
+};
+
+Prepared prepared_in(Pieces& pieces, int64_t codes, int32_t dim, bool cosine) {
+  Prepared p;
+  p.pitch = static_cast<int32_t>(round_up(dim, kStep));
+  p.header = pieces.take<Header>(1);
+  p.centre = pieces.take<double>(dim);
+  p.norm = cosine ? pieces.take<double>(codes) : nullptr;
+  p.codes = pieces.take<Code>(codes);
+  p.shadow = pieces.take<uint16_t>(codes * p.pitch);
+  return p;
+}
+
+struct Plan {
+  VqsaTile tile;
+  int splits;
+};
+
+/// The tile and number of splits that should end first: whole waves of blocks, each as long as its codes.
+Plan plan_search(int rows, int64_t codes, int32_t wanted, const Device& device) {
+  const int row_tiles = static_cast<int>(divide_up(rows, kRowTile));
+  Plan best = {VQSA_TILE_WIDE, 1};
+  double least = 1e300;
+  for (const VqsaTile tile : {VQSA_TILE_WIDE, VQSA_TILE_NARROW}) {
+    if (wanted != VQSA_TILE_AUTO && wanted != tile) continue;
+    const bool large = tile == VQSA_TILE_WIDE;
+    const int64_t tiles = divide_up(codes, large ? Large::kCodes : Small::kCodes);
+    // A small tile moves more bytes for each product.
+    const double tile_cost = large ? Large::kCodes : 1.5 * Small::kCodes;
+    const int64_t most = std::min<int64_t>(tiles, 4 * device.multiprocessors / row_tiles + 1);
+    for (int64_t splits = 1; splits <= most; ++splits) {
+      const double waves = static_cast<double>(divide_up(row_tiles * splits, device.multiprocessors));
+      // A block has to fill its pipeline once; many splits leave more candidates.
+      const double cost = waves * (static_cast<double>(divide_up(tiles, splits)) * tile_cost + 16) + 0.5 * splits;
+      if (cost < least) {
+        least = cost;
+        best = {tile, static_cast<int>(splits)};
+      }
+    }
+  }
+  return best;
+}
+
+struct Sizes {
+  int rows, chunks, rescan_blocks, rescan_tiles;
+  Plan plan;
+};
+
+Sizes sizes_for(int64_t features, int64_t codes, int32_t dim, int32_t tile, const Device& device) {
+  Sizes s;
+  const int64_t pitch = round_up(dim, kStep);
+  const int64_t most = std::max<int64_t>(kShadowBytes / (2 * pitch) / kRowTile, 1) * kRowTile;
+  s.chunks = static_cast<int>(std::max<int64_t>(divide_up(features, most), 1));
+  s.rows = static_cast<int>(
+      std::min<int64_t>(round_up(divide_up(std::max<int64_t>(features, 1), s.chunks), kRowTile), most));
+  s.rescan_blocks = 2 * device.multiprocessors;
+  s.rescan_tiles = static_cast<int>(divide_up(codes, Small::kCodes));
+  s.plan = plan_search(s.rows, codes, tile, device);
+  return s;
+}
+
+Workspace workspace_in(Pieces& pieces, const Sizes& sizes, int32_t dim, bool cosine) {
+  Workspace w;
+  w.rows = sizes.rows;
+  w.capacity = 32 + 2 * sizes.plan.splits;
+  w.shadow = pieces.take<uint16_t>(w.rows * round_up(dim, kStep));
+  w.features = pieces.take<Feature>(w.rows);
+  w.norm = cosine ? pieces.take<double>(w.rows) : nullptr;
+  w.kind = pieces.take<int32_t>(w.rows);
+  w.limit = pieces.take<uint32_t>(w.rows);
+  w.count = pieces.take<int32_t>(w.rows);
+  w.overflow = pieces.take<int32_t>(w.rows);
+  w.overflow_rows = pieces.take<int32_t>(w.rows);
+  w.overflow_total = pieces.take<int32_t>(1);
+  w.candidates = pieces.take<Candidate>(static_cast<int64_t>(w.rows) * w.capacity);
+  w.partial = pieces.take<Partial>(kRowTile * static_cast<int64_t>(std::max(sizes.rescan_blocks, w.rows / kRowTile)));
+  return w;
+}
+
+int64_t centre_scratch_bytes(int32_t dim) {
+  return round_up(static_cast<int64_t>(dim) * kCentreChunks * 8, 256) +
+         round_up(divide_up(dim, kRowThreads) * kCentreChunks * 4, 256);
+}
+
+const char* search_rows(const Workspace& work, const Prepared& prepared, int rows, int64_t codes, const Plan& plan,
+                        const Device& device, Stream stream) {
+  const int blocks = static_cast<int>(divide_up(rows, kRowTile)) * plan.splits;
+  if (plan.tile == VQSA_TILE_NARROW)
+    return launch(search_codes<Small>, blocks, kSweepThreads, search_bytes<Small>(), stream, work, prepared, rows, codes,
+                  plan.splits);
+  if (static_cast<size_t>(device.shared_bytes) < search_bytes<Large>())
+    return launch(search_codes<LargeShort>, blocks, kSweepThreads, search_bytes<LargeShort>(), stream, work, prepared,
+                  rows, codes, plan.splits);
+  return launch(search_codes<Large>, blocks, kSweepThreads, search_bytes<Large>(), stream, work, prepared, rows, codes,
+                plan.splits);
+}
+
+template <class T>
+VQ_KERNEL(kSweepThreads)
+multiply(const uint16_t* features, const int32_t* numbers, int rows, const uint16_t* codes, int64_t code_count, int pitch,
+         float* products) {
+  int32_t* own = reinterpret_cast<int32_t*>(shared_memory() + T::kBytes);
+  const int first = block_index() * kRowTile;
+  if (thread_index() < kRowTile)
+    own[thread_index()] = first + thread_index() < rows ? numbers[first + thread_index()] : -1;
+  block_sync();
+  const Place<T> place;
+  auto done = [&](float (&acc)[T::kM][T::kN][4], int first_code) {
+#pragma unroll
+    for (int i = 0; i < T::kM; ++i)
+#pragma unroll
+      for (int j = 0; j < T::kN; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int row = first + place.row + i * 16 + c / 2 * 8;
+          const int64_t code = first_code + place.column + j * 8 + c % 2;
+          if (row < rows && code < code_count) products[row * code_count + code] = acc[i][j][c];
+        }
+  };
+  const int tiles = static_cast<int>((code_count + T::kCodes - 1) / T::kCodes);
+  sweep<T>(shared_memory(), features, own, codes, pitch, code_count, 0, tiles, done);
+}
+
+}  // namespace
+}  // namespace vqsa::codebook
+
+using namespace vqsa::codebook;
+
+const char* vqsa_codebook_last_error() { return last_error.c_str(); }
+
+int64_t vqsa_codebook_max_dim() { return kMaxDim; }
+
+int64_t vqsa_codebook_prepared_bytes(int64_t codes, int32_t dim, int32_t cosine) {
+  Pieces pieces = {nullptr};
+  prepared_in(pieces, codes, dim, cosine != 0);
+  return pieces.used;
+}
+
+int64_t vqsa_codebook_workspace_bytes(int64_t features, int64_t codes, int32_t dim, int32_t cosine, int32_t tile) {
+  Device found;
+  if (const char* why = device(found)) {
+    fail("asking for the device", why);
+    return 0;
+  }
+  Pieces pieces = {nullptr};
+  workspace_in(pieces, sizes_for(features, codes, dim, tile, found), dim, cosine != 0);
+  return std::max(pieces.used, centre_scratch_bytes(dim));
+}
+
+int vqsa_codebook_prepare(const void* codes_data, int32_t codes_type, int64_t code_count, int32_t dim, int32_t cosine,
+                          void* prepared_buffer, void* workspace, const int64_t* chosen, int64_t chosen_count,
+                          void* stream_handle) {
+  const Stream stream = static_cast<Stream>(stream_handle);
+  const Rows codes = {codes_data, codes_type, dim, code_count};
+  Pieces kept = {static_cast<unsigned char*>(prepared_buffer)};
+  const Prepared prepared = prepared_in(kept, code_count, dim, cosine != 0);
+  const char* why = nullptr;
+  if (chosen == nullptr) {
+    Pieces pieces = {static_cast<unsigned char*>(workspace)};
+    double* sums = pieces.take<double>(static_cast<int64_t>(dim) * kCentreChunks);
+    const int column_blocks = static_cast<int>(divide_up(dim, kRowThreads));
+    float* most = pieces.take<float>(column_blocks * kCentreChunks);
+    if (cosine != 0)
+      why = launch(norm_codes, static_cast<int>(code_count), kRowThreads, kFoldBytes, stream, codes, prepared);
+    if (why == nullptr)
+      why = launch(sum_codes, column_blocks * kCentreChunks, kRowThreads, kScratchBytes, stream, codes,
+                   static_cast<const double*>(prepared.norm), sums, most);
+    if (why == nullptr)
+      why = launch(centre_codes, column_blocks, kRowThreads, kScratchBytes, stream, codes, prepared,
+                   static_cast<const double*>(sums), static_cast<const float*>(most));
+  }
+  const int64_t todo = chosen == nullptr ? code_count : chosen_count;
+  if (why == nullptr && todo > 0)
+    why = launch(shadow_codes, static_cast<int>(todo), kRowThreads, kFoldBytes, stream, codes, prepared, cosine != 0,
+                 chosen);
+  return why == nullptr ? 0 : fail("preparing the codebook", why);
+}
+
+int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, const void* codes_data,
+                         int32_t codes_type, int64_t code_count, int32_t dim, int32_t cosine, int32_t tile,
+                         void* prepared_buffer, void* workspace, int64_t* index, float* sqdist, float* quantised,
+                         double* error, int64_t* usage, int64_t* effort, void* stream_handle) {
+  const Stream stream = static_cast<Stream>(stream_handle);
+  Device found;
+  if (const char* why = device(found)) return fail("asking for the device", why);
+  const Rows z = {z_data, z_type, dim, features}, codes = {codes_data, codes_type, dim, code_count};
+  Pieces kept = {static_cast<unsigned char*>(prepared_buffer)};
+  const Prepared prepared = prepared_in(kept, code_count, dim, cosine != 0);
+  const Sizes sizes = sizes_for(features, code_count, dim, tile, found);
+  Pieces pieces = {static_cast<unsigned char*>(workspace)};
+  const Workspace work = workspace_in(pieces, sizes, dim, cosine != 0);
+  const Outputs out = {index, sqdist, quantised, error, usage, effort};
+  for (int64_t first = 0; first < features; first += sizes.rows) {
+    const int rows = static_cast<int>(std::min<int64_t>(sizes.rows, features - first));
+    const char* why = launch(shadow_features, rows, kRowThreads, kFoldBytes, stream, z, first, prepared, work, cosine != 0);
+    if (why == nullptr) why = search_rows(work, prepared, rows, code_count, sizes.plan, found, stream);
+    if (why == nullptr)
+      why = launch(rescan_codes<Small>, sizes.rescan_blocks, kSweepThreads, rescan_bytes<Small>(), stream, z, first,
+                   codes, prepared, work, cosine != 0);
+    if (why == nullptr)
+      why = launch(resolve_codes, rows, kRowThreads, kFoldBytes, stream, z, first, codes, prepared, work, cosine != 0,
+                   sizes.rescan_blocks, sizes.rescan_tiles, out);
+    if (why != nullptr) return fail("searching the codebook", why);
+  }
+  return 0;
+}
+
+int vqsa_codebook_products(const void* features, const int32_t* numbers, int32_t rows, const void* codes,
+                           int64_t code_count, int32_t pitch, int32_t tile, float* products, void* stream_handle) {
+  const Stream stream = static_cast<Stream>(stream_handle);
+  const int blocks = static_cast<int>(divide_up(rows, kRowTile));
+  const uint16_t* left = static_cast<const uint16_t*>(features);
+  const uint16_t* right = static_cast<const uint16_t*>(codes);
+  const char* why =
+      tile == VQSA_TILE_WIDE
+          ? launch(multiply<LargeShort>, blocks, kSweepThreads, LargeShort::kBytes + kRowTile * 4, stream, left,
+                         numbers, rows, right, code_count, pitch, products)
+                : launch(multiply<Small>, blocks, kSweepThreads, Small::kBytes + kRowTile * 4, stream, left, numbers,
+                         rows, right, code_count, pitch, products);
+  return why == nullptr ? 0 : fail("multiplying", why);
+}

@@ -1,0 +1,203 @@
+"""The fused search, libvqsa_codebook.so, through ctypes: buffers from torch's allocator, torch's current stream.
+
+Shapes: N = features, K = codes, D = feature dimension.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("libvqsa_codebook.so")
+
+TILE_AUTO, TILE_WIDE, TILE_NARROW = 0, 1, 2
+"""VqsaTile of csrc/codebook.h."""
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Nearest(NamedTuple):
+    """What the kernels return."""
+
+    index_N: Tensor
+    """int64, −1 where the feature or any code is not finite."""
+
+    sqdist_N: Tensor
+    """float32, the distance that was minimised."""
+
+    quantised_ND: Tensor
+    """float32, the codes themselves; code 0 where the index is −1. Empty (0, D) if not asked for."""
+
+    error_N: Tensor
+    """float64 Σ(z − e)² of the vectors as stored, NaN where the index is −1. Empty (0,) if not asked for."""
+
+
+class Kernels:
+    """One build of the kernels: for "cuda" tensors, or, in the tests, for "cpu" ones."""
+
+    def __init__(self, path: Path, device_type: str = "cuda") -> None:
+        self.device_type = device_type
+        lib = ctypes.CDLL(str(path))
+        i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+        lib.vqsa_codebook_last_error.restype = ctypes.c_char_p
+        lib.vqsa_codebook_max_dim.restype = i64
+        lib.vqsa_codebook_prepared_bytes.argtypes = [i64, i32, i32]
+        lib.vqsa_codebook_prepared_bytes.restype = i64
+        lib.vqsa_codebook_workspace_bytes.argtypes = [i64, i64, i32, i32, i32]
+        lib.vqsa_codebook_workspace_bytes.restype = i64
+        lib.vqsa_codebook_prepare.argtypes = [
+            pointer, i32, i64, i32, i32, pointer, pointer, pointer, i64, pointer,
+        ]  # fmt: skip
+        lib.vqsa_codebook_search.argtypes = [
+            pointer, i32, i64, pointer, i32, i64, i32, i32, i32, *[pointer] * 9,
+        ]  # fmt: skip
+        lib.vqsa_codebook_products.argtypes = [
+            pointer,
+            pointer,
+            i32,
+            pointer,
+            i64,
+            i32,
+            i32,
+            pointer,
+            pointer,
+        ]
+        self._lib = lib
+        self.max_dim: int = lib.vqsa_codebook_max_dim()
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            why: bytes = self._lib.vqsa_codebook_last_error()
+            raise RuntimeError(f"codebook kernels: {why.decode()}")
+
+    def prepared_bytes(self, codes: int, dim: int, cosine: bool) -> int:
+        """Bytes that a prepared codebook takes."""
+        size: int = self._lib.vqsa_codebook_prepared_bytes(codes, dim, cosine)
+        return size
+
+    def workspace_bytes(
+        self, features: int, codes: int, dim: int, cosine: bool, tile: int = TILE_AUTO
+    ) -> int:
+        """Bytes of scratch for one search or one `prepare`."""
+        size: int = self._lib.vqsa_codebook_workspace_bytes(features, codes, dim, cosine, tile)
+        self._check(size == 0)
+        return size
+
+    def prepare(
+        self, codes_KD: Tensor, cosine: bool, prepared: Tensor | None = None, changed_T: Tensor | None = None
+    ) -> Tensor:
+        """Prepare a codebook for searching, or do its changed codes again.
+
+        Args:
+            codes_KD: contiguous, float16, bfloat16 or float32.
+            cosine: for the metric "cosine".
+            prepared: buffer of an earlier call to write into.
+            changed_T: int64 numbers, each at most once, of the codes that changed since `prepared` was
+                written, which keeps its centre. None: all, with a new centre.
+
+        Returns:
+            The buffer, uint8.
+        """
+        codes, dim = codes_KD.shape
+        if prepared is None:
+            prepared = codes_KD.new_empty(self.prepared_bytes(codes, dim, cosine), dtype=torch.uint8)
+        workspace = codes_KD.new_empty(self.workspace_bytes(1, codes, dim, cosine), dtype=torch.uint8)
+        with _device(codes_KD):
+            self._check(
+                self._lib.vqsa_codebook_prepare(
+                    codes_KD.data_ptr(), _TYPES[codes_KD.dtype], codes, dim, cosine,
+                    prepared.data_ptr(), workspace.data_ptr(),
+                    None if changed_T is None else changed_T.data_ptr(),
+                    0 if changed_T is None else len(changed_T), _stream(codes_KD),
+                )
+            )  # fmt: skip
+        return prepared
+
+    def search(
+        self, z_ND: Tensor, codes_KD: Tensor, cosine: bool, prepared: Tensor, gather: bool = False,
+        usage_K: Tensor | None = None, tile: int = TILE_AUTO, effort_2: Tensor | None = None,
+    ) -> Nearest:  # fmt: skip
+        """Search, and gather if asked.
+
+        Args:
+            z_ND: contiguous, float16, bfloat16 or float32.
+            codes_KD: as `prepare` had it.
+            prepared: what `prepare` returned for it.
+            gather: also return quantised_ND and error_N.
+            usage_K: int64; how many features chose each code is added.
+            tile: how to cut the work.
+            effort_2: int64; how many candidates were measured and how many features were scanned again is added.
+        """
+        count, dim = z_ND.shape
+        codes = codes_KD.shape[0]
+        result = Nearest(
+            z_ND.new_empty(count, dtype=torch.int64),
+            z_ND.new_empty(count, dtype=torch.float32),
+            z_ND.new_empty(count if gather else 0, dim, dtype=torch.float32),
+            z_ND.new_empty(count if gather else 0, dtype=torch.float64),
+        )
+        workspace = z_ND.new_empty(self.workspace_bytes(count, codes, dim, cosine, tile), dtype=torch.uint8)
+        with _device(z_ND):
+            self._check(
+                self._lib.vqsa_codebook_search(
+                    z_ND.data_ptr(), _TYPES[z_ND.dtype], count, codes_KD.data_ptr(), _TYPES[codes_KD.dtype],
+                    codes, dim, cosine, tile, prepared.data_ptr(), workspace.data_ptr(),
+                    result.index_N.data_ptr(), result.sqdist_N.data_ptr(),
+                    result.quantised_ND.data_ptr() if gather else None,
+                    result.error_N.data_ptr() if gather else None,
+                    None if usage_K is None else usage_K.data_ptr(),
+                    None if effort_2 is None else effort_2.data_ptr(), _stream(z_ND),
+                )
+            )  # fmt: skip
+        return result
+
+    def products(self, features_ND: Tensor, codes_KD: Tensor, tile: int) -> Tensor:
+        """z·e of float16 matrices, float32 (N, K), accumulated as the search does; D a multiple of 32."""
+        count, dim = features_ND.shape
+        out_NK = features_ND.new_empty(count, codes_KD.shape[0], dtype=torch.float32)
+        numbers_N = torch.arange(count, dtype=torch.int32, device=features_ND.device)
+        with _device(features_ND):
+            self._check(
+                self._lib.vqsa_codebook_products(
+                    features_ND.data_ptr(), numbers_N.data_ptr(), count, codes_KD.data_ptr(),
+                    codes_KD.shape[0], dim, tile, out_NK.data_ptr(), _stream(features_ND),
+                )
+            )  # fmt: skip
+        return out_NK
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels of this installation; None where it was built without nvcc."""
+    return Kernels(LIBRARY) if LIBRARY.is_file() else None
+
+
+def kernels_for(z_ND: Tensor, impl: str) -> Kernels | None:
+    """The kernels to use for these features; None for the torch implementation.
+
+    Raises:
+        ValueError: impl is "cuda" and there are none that can do it.
+    """
+    found = None if impl == "torch" else kernels()
+    if found is not None and z_ND.device.type == found.device_type and z_ND.shape[1] <= found.max_dim:
+        return found
+    if impl == "cuda":
+        built = "built without nvcc" if found is None else f"for up to {found.max_dim} dimensions"
+        raise ValueError(
+            f"nearest_code with impl 'cuda' needs CUDA tensors and the CUDA kernels ({built}), got "
+            f"{tuple(z_ND.shape)} on {z_ND.device}; choose impl 'auto' or 'torch'"
+        )
+    return None
+
+
+def _stream(tensor: Tensor) -> int | None:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
+
+
+def _device(tensor: Tensor) -> torch.cuda.device:
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -1,0 +1,326 @@
+"""The CUDA kernels of the codebook search, run on the CPU: host_shim.h gives every thread of a block a fiber.
+
+The same source that nvcc compiles, with barriers, cp.async, ldmatrix and mma carried out one by one. What it
+must give is what `nearest_code` gives with torch alone, which its own tests hold to float64 brute force.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.codebook import PreparedCodebook, kernels, nearest_code, quantize
+from model.codebook.kernels import TILE_AUTO, TILE_NARROW, TILE_WIDE, Kernels
+from model.codebook.search import search_in_blocks
+from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
+
+# Shapes: N = features, K = codes, D = feature dimension.
+
+CSRC = Path(__file__).resolve().parent.parent / "model" / "codebook" / "csrc"
+SHIM = ["-std=c++17", "-ffp-contract=off", "-DVQSA_HOST_SHIM", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+TILES = {"wide": TILE_WIDE, "narrow": TILE_NARROW}
+
+
+def compiler() -> str:
+    found = shutil.which("g++")
+    if found is None or platform.machine() != "x86_64":
+        pytest.skip("the host shim needs g++ and an x86-64 processor")
+    return found
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    out = tmp_path_factory.mktemp("shim") / "libshim.so"
+    command = [compiler(), *SHIM, "-O2", "-Werror", "-shared", "-fPIC", "-x", "c++"]
+    built = subprocess.run(
+        [*command, str(CSRC / "codebook.cu"), "-o", str(out)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr[-3000:]
+    return Kernels(out, device_type="cpu")
+
+
+def check(
+    shim: Kernels, z_ND: Tensor, codes_KD: Tensor, metric: str = "l2", tile: int = TILE_AUTO
+) -> tuple[int, int]:
+    """Compare with the torch search bit for bit; return the candidates measured and the features scanned again."""
+    cosine = metric == "cosine"
+    effort_2, usage_K = torch.zeros(2, dtype=torch.int64), torch.zeros(len(codes_KD), dtype=torch.int64)
+    prepared = shim.prepare(codes_KD, cosine)
+    found = shim.search(z_ND, codes_KD, cosine, prepared, True, usage_K, tile, effort_2)
+    index_N, sqdist_N = search_in_blocks(z_ND, codes_KD, cosine, 256)
+    assert torch.equal(found.index_N, index_N)
+    assert torch.equal(found.sqdist_N, sqdist_N)
+    assert torch.equal(found.quantised_ND, codes_KD[index_N].float()), "the code to the last bit"
+    error_N = (codes_KD[index_N].double() - z_ND.double()).square().sum(1)
+    torch.testing.assert_close(found.error_N, error_N, rtol=1e-14, atol=0)
+    assert torch.equal(usage_K, index_N.bincount(minlength=len(codes_KD)))
+    candidates, scanned = effort_2.tolist()
+    return candidates, scanned
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("tile", TILES)
+def test_exact_on_hostile_data(shim: Kernels, case: Case, metric: str, tile: str) -> None:
+    candidates, scanned = check(shim, *data(case, 63, 301, 130), metric, TILES[tile])
+    assert candidates >= 63 - scanned
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_exact_over_row_tiles_and_splits(shim: Kernels, case: Case) -> None:
+    check(shim, *data(case, 150, 700, 33))
+
+
+@pytest.mark.parametrize("case", [CASES[0], collapsed])
+def test_exact_at_the_trunk_dimension(shim: Kernels, case: Case) -> None:
+    check(shim, *data(case, 9, 130, 2048))
+
+
+@pytest.mark.parametrize("dim", [1, 31, 512, 513, 1025, 2050, 4097])
+def test_sums_are_folded_as_documented_at_every_dimension(shim: Kernels, dim: int) -> None:
+    check(shim, *data(CASES[0], 3, 5, dim))
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (1, 1), (1, 600), (200, 1), (129, 257)])
+def test_odd_and_smallest_sizes(shim: Kernels, n: int, k: int) -> None:
+    for metric in ("l2", "cosine"):
+        check(shim, *data(CASES[0], n, k, 40), metric)
+
+
+@pytest.mark.parametrize("z_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("codes_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_may_differ_and_stored_values_count(
+    shim: Kernels, z_dtype: torch.dtype, codes_dtype: torch.dtype
+) -> None:
+    z_ND, codes_KD = data(relu, 40, 200, 64)
+    check(shim, z_ND.to(z_dtype), codes_KD.to(codes_dtype))
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_every_feature_may_overflow(shim: Kernels, tile: str) -> None:
+    """Equal codes, and codes equal but for the last bits: more candidates than any list has places."""
+    z_ND, codes_KD = data(all_equal, 140, 300, 40)
+    assert check(shim, z_ND, codes_KD, tile=TILES[tile]) == (0, 140)
+    generator = torch.Generator().manual_seed(3)
+    noise_KD = torch.randn(codes_KD.shape, generator=generator)
+    # The far code keeps the mean away, so that the others look the same in float16.
+    codes_KD = codes_KD + 1e-7 * noise_KD
+    codes_KD[7] = 1e6
+    candidates, scanned = check(
+        shim, z_ND + torch.randn(z_ND.shape, generator=generator), codes_KD, tile=TILES[tile]
+    )
+    assert (candidates, scanned) == (0, 140)
+
+
+def test_few_candidates_on_ordinary_data(shim: Kernels) -> None:
+    for case in (CASES[0], relu, near_duplicates):
+        candidates, scanned = check(shim, *data(case, 128, 500, 256))
+        assert scanned == 0
+        assert candidates <= 2.5 * 128
+
+
+def test_candidates_that_come_in_descending_order(shim: Kernels) -> None:
+    """Each tile brings a nearer code: the lists must drop what is ruled out instead of running over."""
+    z_ND = torch.zeros(5, 32)
+    codes_KD = torch.linspace(2, 1, 3000)[:, None] * torch.ones(1, 32)
+    _, scanned = check(shim, z_ND, codes_KD, tile=TILE_NARROW)
+    assert scanned == 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_values_that_are_not_finite_are_flagged(shim: Kernels, bad: float, metric: str) -> None:
+    cosine = metric == "cosine"
+    z_ND, codes_KD = data(CASES[0], 9, 20, 33)
+    expected_N = search_in_blocks(z_ND, codes_KD, cosine, 256)[0]
+    z_ND[4, 7] = bad
+    found = shim.search(z_ND, codes_KD, cosine, shim.prepare(codes_KD, cosine), gather=True)
+    others_N = torch.arange(9) != 4
+    assert found.index_N[4] == -1
+    assert found.sqdist_N[4].isnan()
+    assert found.error_N[4].isnan()
+    assert torch.equal(found.index_N[others_N], expected_N[others_N])
+    assert found.error_N[others_N].isfinite().all()
+    codes_KD[3, 2] = bad
+    found = shim.search(z_ND, codes_KD, cosine, shim.prepare(codes_KD, cosine), gather=True)
+    assert found.index_N.tolist() == [-1] * 9
+    assert found.sqdist_N.isnan().all()
+    assert found.error_N.isnan().all()
+
+
+def test_cosine_of_zero_vectors(shim: Kernels) -> None:
+    z_ND, codes_KD = data(CASES[0], 6, 8, 5)
+    z_ND[2] = 0
+    codes_KD[3] = 0
+    check(shim, z_ND, codes_KD, "cosine")
+    check(shim, -codes_KD[4:5], codes_KD[[3, 4]], "cosine")
+    turned_1D = torch.tensor([[0.1, 0.99498743710662]])
+    check(shim, turned_1D, torch.tensor([[0.0, 0.0], [1.0, 0.0]]), "cosine")
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_only_changed_codes_are_prepared_again(shim: Kernels, metric: str) -> None:
+    cosine = metric == "cosine"
+    z_ND, codes_KD = data(CASES[0], 50, 90, 40)
+    prepared = shim.prepare(codes_KD, cosine)
+    shadow = prepared.clone()
+    codes_KD[[3, 80]] = z_ND[:2]
+    codes_KD[17, 1] = torch.nan
+    shim.prepare(codes_KD, cosine, prepared, torch.tensor([3, 17, 80]))
+    assert not torch.equal(prepared, shadow)
+    assert shim.search(z_ND, codes_KD, cosine, prepared).index_N.tolist() == [-1] * 50
+    codes_KD[17] = 0.5
+    shim.prepare(codes_KD, cosine, prepared, torch.tensor([17]))
+    found = shim.search(z_ND, codes_KD, cosine, prepared)
+    index_N, sqdist_N = search_in_blocks(z_ND, codes_KD, cosine, 256)
+    assert index_N[:2].tolist() == [3, 80]
+    assert torch.equal(found.index_N, index_N)
+    assert torch.equal(found.sqdist_N, sqdist_N)
+
+
+def test_a_code_that_outgrows_its_units_is_still_exact(shim: Kernels) -> None:
+    """The centre and the units stay when single codes are prepared again; then nothing can be certified."""
+    z_ND, codes_KD = data(CASES[0], 20, 60, 40)
+    prepared = shim.prepare(codes_KD, False)
+    z_ND[5] *= 1e12
+    codes_KD[9] = z_ND[5] + 1
+    shim.prepare(codes_KD, False, prepared, torch.tensor([9]))
+    effort_2 = torch.zeros(2, dtype=torch.int64)
+    found = shim.search(z_ND, codes_KD, False, prepared, effort_2=effort_2)
+    assert found.index_N[5] == 9
+    assert torch.equal(found.index_N, search_in_blocks(z_ND, codes_KD, False, 256)[0])
+    assert effort_2.tolist() == [0, 20]
+    shim.prepare(codes_KD, False, prepared)
+    found = shim.search(z_ND, codes_KD, False, prepared, effort_2=effort_2)
+    assert torch.equal(found.index_N, search_in_blocks(z_ND, codes_KD, False, 256)[0])
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("signs", ["random", "positive"])
+def test_accumulation_stays_within_its_rate(shim: Kernels, tile: str, signs: str) -> None:
+    """The shim's mma rounds towards zero after every eight products, which drifts most where all are positive."""
+    assert_accumulation_within_rate(shim, TILES[tile], signs, torch.device("cpu"), 20, 70, (64, 512))
+
+
+def assert_accumulation_within_rate(
+    kernels: Kernels, tile: int, signs: str, device: torch.device, n: int, k: int, dims: tuple[int, ...]
+) -> None:
+    for dim in dims:
+        g = torch.Generator().manual_seed(dim)
+        features_ND = (
+            torch.randn(n, dim, generator=g) * 2.0 ** torch.randint(-3, 14, (n, dim), generator=g)
+        ).half()
+        codes_KD = (
+            torch.randn(k, dim, generator=g) * 2.0 ** torch.randint(-3, 14, (k, dim), generator=g)
+        ).half()
+        if signs == "positive":
+            features_ND, codes_KD = features_ND.abs(), codes_KD.abs()
+        found_NK = kernels.products(features_ND.to(device), codes_KD.to(device), tile).cpu().double()
+        exact_NK = features_ND.double() @ codes_KD.double().T
+        length_NK = features_ND.double().norm(dim=1)[:, None] * codes_KD.double().norm(dim=1)
+        rate = 1.5 * dim * 2.0**-23  # accumulation_rate of csrc/prepare.h, without its reserve
+        share = ((found_NK - exact_NK).abs() / length_NK).max() / rate
+        assert 0 < share < 1, f"{share:.3g} of the rate at {dim} dimensions"
+
+
+@pytest.mark.parametrize("n", [128, 1000, 6272, 25_088])
+@pytest.mark.parametrize("k", [1000, 10_000, 100_000])
+@pytest.mark.parametrize("dim", [512, 768, 1024, 1280, 2048])
+def test_workspace_stays_below_64_mb(shim: Kernels, n: int, k: int, dim: int) -> None:
+    for cosine in (False, True):
+        assert 0 < shim.workspace_bytes(n, k, dim, cosine) <= 64_000_000
+        per_code = shim.prepared_bytes(k, dim, cosine) - 2 * k * dim - 8 * dim
+        assert 0 < per_code <= 24 * k + 1500
+
+
+def test_quantize_and_nearest_code_through_the_kernels(
+    shim: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operators with the kernels inside, forward and backward, equal those with torch inside."""
+    z_ND, codes_KD = data(relu, 40, 60, 48)
+
+    def step(metric: str) -> list[Tensor]:
+        z, codes = z_ND.clone().requires_grad_(), codes_KD.clone().requires_grad_()
+        found = quantize(z, codes, metric)  # type: ignore[arg-type]
+        (found.vq_loss + 0.25 * found.commit_loss + found.quantised_ND.square().sum()).backward()
+        assert z.grad is not None
+        assert codes.grad is not None
+        return [*found, *nearest_code(z, codes, metric), z.grad, codes.grad]  # type: ignore[arg-type]
+
+    expected = [*step("l2"), *step("cosine")]
+    used = []
+
+    def kernels_in_use() -> Kernels:
+        used.append(1)
+        return shim
+
+    monkeypatch.setattr(kernels, "kernels", kernels_in_use)
+    found = [*step("l2"), *step("cosine")]
+    assert len(used) == 4
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_prepared_codebook(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "kernels", lambda: shim)
+    z_ND, codes_KD = data(CASES[0], 30, 50, 24)
+    prepared = PreparedCodebook(codes_KD)
+    expected_N = nearest_code(z_ND, codes_KD)[0]
+    assert torch.equal(nearest_code(z_ND, codes_KD, prepared=prepared)[0], expected_N)
+    assert torch.equal(quantize(z_ND, codes_KD, prepared=prepared).index_N, expected_N)
+    with pytest.raises(ValueError, match="prepared for 'l2', the search is by 'cosine'"):
+        nearest_code(z_ND, codes_KD, "cosine", prepared=prepared)
+    with pytest.raises(ValueError, match=r"of other codes \(\(50, 24\) torch.float32\)"):
+        nearest_code(z_ND, codes_KD.half(), prepared=prepared)
+    codes_KD[2] = z_ND[0]
+    with pytest.raises(ValueError, match=r"written to since .* refresh\(\)"):
+        nearest_code(z_ND, codes_KD, prepared=prepared)
+    prepared.refresh(torch.tensor([2]))
+    assert nearest_code(z_ND, codes_KD, prepared=prepared)[0][0] == 2
+    with pytest.raises(ValueError, match="needs contiguous codes"):
+        PreparedCodebook(codes_KD.T)
+
+
+def test_impl_cuda_without_cuda_says_so() -> None:
+    with pytest.raises(ValueError, match=r"impl 'cuda' needs CUDA tensors .* on cpu"):
+        nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), impl="cuda")
+
+
+def test_built_library_loads_without_a_driver_and_says_what_is_missing() -> None:
+    built = kernels.kernels()
+    if built is None:
+        pytest.skip("built without nvcc: there is no libvqsa_codebook.so")
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    assert built.max_dim >= 2048
+    with pytest.raises(RuntimeError, match="codebook kernels: asking for the device: "):
+        built.workspace_bytes(1, 1, 1, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc: registers and spills of the CUDA build are not checked")
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-gencode", target, "-cubin"]
+    built = subprocess.run(
+        [nvcc, *flags, str(CSRC / "codebook.cu"), "-o", str(tmp_path / "out.cubin")],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-3000:]
+    assert "warning" not in built.stderr, built.stderr[-3000:]
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.stderr)]
+    assert len(registers) == len(spilled) >= 9, built.stderr
+    assert all(pair == ("0", "0") for pair in spilled), built.stderr
+    assert max(registers) <= 255
