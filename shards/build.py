@@ -8,9 +8,7 @@ finished shard its rows (`<shard>.part`), from which a later run goes on.
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import shutil
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards.claim import begin, locked
+from shards.lists import write_lists
 from shards.manifest import (
     HEADER_NAME,
     Header,
@@ -86,18 +85,6 @@ def _remove_others(options: BuildOptions, shards: list[ShardFile]) -> None:
             for suffix in target.beside:
                 path.with_suffix(suffix).unlink(missing_ok=True)
             path.unlink()
-
-
-def _write_rejected(out: Path, rejected: list[tuple[str, str]]) -> None:
-    path = out / "rejected.csv"
-    if not rejected:
-        path.unlink(missing_ok=True)
-        return
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("file", "reason"))
-    rows.writerows(rejected)
-    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def build(options: BuildOptions, progress: bool = True) -> BuildReport:
@@ -235,7 +222,7 @@ def _finish(
         shards=shards,
     )
     _remove_others(options, shards)
-    _write_rejected(options.out, rejected)
+    write_lists(options.out, parts)
     for name, content in side_files(header).items():
         write_file(options.out / name, content)
     write_manifest(options.out, header, encoded)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from shards.lists import ODDITIES_NAME, REJECTED_NAME
 from shards.manifest import HEADER_NAME, TABLE_NAME, write_file
 from shards.options import BuildOptions
 from shards.plan import TARGETS, WORK
@@ -109,7 +110,7 @@ def begin(options: BuildOptions) -> None:
             )
         write_file(plan, json.dumps(wanted).encode())
     beside = (f"{options.name}*{suffix}" for suffix in TARGETS[options.target].beside)
-    names = (*beside, HEADER_NAME, TABLE_NAME, "rejected.csv", INFO_NAME, SIZES_NAME)
+    names = (*beside, HEADER_NAME, TABLE_NAME, REJECTED_NAME, ODDITIES_NAME, INFO_NAME, SIZES_NAME)
     ours = [f".{name}.*.tmp" for name in names]
     for leftover in [*work.glob("*.tmp"), *(path for name in ours for path in options.out.glob(name))]:
         leftover.unlink()

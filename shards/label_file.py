@@ -70,12 +70,8 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _devkit_classes(path: Path, images: list[str]) -> list[str]:
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading the devkit's meta.mat needs SciPy: pip install scipy, or give LOC_val_solution.csv"
-        ) from None
+    from scipy.io import loadmat  # takes a second, and only the devkit needs it
+
     meta, truth = _devkit_files(path)
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from shards.conversion import Conversion
 from shards.manifest import FileName
 
 _SAMPLES_PER_SHARD = 1000
@@ -26,7 +27,7 @@ class BuildOptions:
     out: Path
     """Folder for the shard set; made where it is not there."""
     name: FileName
-    """Name of the set; its shards are <name>-000000.tar and so on."""
+    """Name of the set; its shards are <name>-000000.tar and so on, or <name>.beton."""
     target: Literal["tar", "beton"] = "tar"
     """Kind of the shards: WebDataset tars, or FFCV .beton (one file unless a bound on the shards is given)."""
     labels: Path | None = None
@@ -35,17 +36,26 @@ class BuildOptions:
     classes: Path | None = None
     """File with the class names, one a line, in the order of their labels; sorted names without it."""
     samples_per_shard: Annotated[int, Field(ge=1)] | None = None
-    """Images in a shard; 1000 where neither this nor --bytes-per-shard is given."""
+    """Images in a shard; without this and --bytes-per-shard, 1000 in a tar, and all in one .beton."""
     bytes_per_shard: Annotated[int, Field(ge=1)] | None = None
-    """Close a shard before its images exceed this many bytes."""
+    """Close a shard before its images, as they are in the source, exceed this many bytes."""
     workers: Annotated[int, Field(ge=1)] = os.cpu_count() or 1
     """Processes that read, check and write; the result does not depend on it."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a damaged image: stop and name it, or leave it out and list it in rejected.csv."""
     validate: Literal["scan", "decode"] = "scan"
     """Check of each image: its structure, or a full decode as well (many times slower)."""
+    convert: Literal["none", "oddities"] | None = None
+    """`oddities`: make RGB JPEGs of CMYK ones and JPEGs of PNGs, also those named .JPEG; `none`: keep them.
+    Unset: none for tar, oddities for beton, which holds nothing else. All oddities are listed in oddities.csv."""
+    shorter_side: Annotated[int, Field(ge=1, le=65500)] | None = None
+    """Make images smaller whose shorter side has more pixels; the others keep their bytes."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Encode every image as JPEG of this quality; without it only converted ones are encoded, at 95."""
+    apply_exif: bool = False
+    """Turn the pixels of images with an EXIF orientation, instead of keeping the images as they are stored."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    """Shuffle all images before they are put into shards; sorted by class and name without it."""
+    """Shuffle all images before they are put into shards; in the source's order without it."""
     only: Annotated[int, Field(ge=0)] | None = None
     """Write this one shard (its number) of a finished set again, for example after its file was damaged."""
     dry_run: bool = False
@@ -61,14 +71,21 @@ class BuildOptions:
     def deciding(self) -> dict[str, Any]:
         """The options that decide the bytes of the result, for the manifest."""
         samples = self.samples_per_shard
-        if samples is None and self.bytes_per_shard is None:
+        if samples is None and self.bytes_per_shard is None and self.target == "tar":
             samples = _SAMPLES_PER_SHARD
         return {
+            "target": self.target,
             "samples_per_shard": samples,
             "bytes_per_shard": self.bytes_per_shard,
             "validate": self.validate,
+            **asdict(self.conversion()),
             "seed": self.seed,
         }
+
+    def conversion(self) -> Conversion:
+        """What is done to the images."""
+        kind = self.convert or ("oddities" if self.target == "beton" else "none")
+        return Conversion(kind, self.shorter_side, self.quality, self.apply_exif)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ class BuildReport:
     ignored: int
     """Files in the source whose names are not those of images."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Oddities: `grey`, `cmyk`, `png`, `misnamed` (PNG named .JPEG or the like), `rotated`, `rejected`."""
+    """Oddities as the source has them: `grey`, `cmyk`, `png`, `misnamed` (PNG named .JPEG or the like), `deep`
+    (16 bit), `huge` (above 89 megapixels), `rotated` (EXIF); and `encoded` (again), `rejected`."""
     built: bool = True
     """False in a dry run and where the finished set was already there."""

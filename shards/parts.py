@@ -14,6 +14,9 @@ from shards.manifest import ShardFile, Table, decode_table, encode_table, write_
 from shards.plan import Task
 from shards.target import joined_mark
 
+Oddity = tuple[str, str, list[str], bool]
+"""Path in the source, key, kinds, and whether the image was encoded again."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -21,7 +24,8 @@ class Part:
 
     shard: ShardFile
     counts: dict[str, int]
-    """Oddities by kind."""
+    """Oddities by kind, and images encoded again."""
+    oddities: list[Oddity]
     rejected: list[tuple[str, str]]
     """Path in the source, and reason."""
     table: Table
@@ -34,6 +38,7 @@ def save_part(task: Task, part: Part) -> None:
         "fingerprint": task.fingerprint(),
         "shard": part.shard.model_dump(),
         "counts": part.counts,
+        "oddities": part.oddities,
         "rejected": part.rejected,
     }
     write_file(task.part, json.dumps(facts).encode() + b"\n" + encode_table(part.table))
@@ -47,6 +52,7 @@ def finished_part(task: Task) -> Part | None:
         shard = ShardFile.model_validate(facts["shard"])
         table = decode_table(table_bytes, str(task.part))
         rejected = [(path, why) for path, why in facts["rejected"]]
+        oddities: list[Oddity] = [(path, key, kinds, again) for path, key, kinds, again in facts["oddities"]]
         same = facts["fingerprint"] == task.fingerprint() and shard.name == task.path.name
         beside = (task.path.with_suffix(suffix) for suffix in task.target.beside)
         whole = joined_mark(task.path).is_file() or (
@@ -56,7 +62,7 @@ def finished_part(task: Task) -> Part | None:
         return None  # not there, or not ours: the shard is written again
     if not (same and whole) or (rejected and task.options.on_error == "stop"):
         return None
-    return Part(shard, facts["counts"], rejected, table)
+    return Part(shard, facts["counts"], oddities, rejected, table)
 
 
 def forget_stale_join(tasks: list[Task], joining: Path) -> None:

@@ -27,6 +27,8 @@ class Record:
     width: int
     """Pixels as stored, before EXIF orientation."""
     height: int
+    checksum: int
+    """xxh3-64 of the data."""
 
 
 class ShardWriter(Protocol):
@@ -58,6 +60,8 @@ class Target(Protocol):
     """Of a shard's name: `.tar`."""
     beside: tuple[str, ...]
     """Suffixes of the files that lie beside each shard and belong to it: `.idx`."""
+    jpeg_only: bool
+    """Whether its readers take JPEG alone."""
     joined: bool
     """Whether a set without a bound on its shards is one file, which `join` makes of the plan's shards."""
 

@@ -191,6 +191,7 @@ class BetonTarget:
     storage: Storage = "ffcv"
     suffix = SUFFIX
     beside: tuple[str, ...] = ()
+    jpeg_only = True
     joined = True
 
     def __init__(self, page_size: int = PAGE) -> None:

@@ -118,6 +118,7 @@ class TarTarget:
     storage: Storage = "webdataset"
     suffix = ".tar"
     beside: tuple[str, ...] = (".idx",)
+    jpeg_only = False
     joined = False
 
     def writer(self, path: Path, temporary: Path, most_records: int) -> TarShardWriter:

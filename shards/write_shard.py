@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,34 @@ import numpy.typing as npt
 import xxhash
 
 from shards.manifest import make_table
-from shards.parts import Part, save_part
+from shards.parts import Oddity, Part, save_part
 from shards.plan import Task
 from shards.scan import Scan, scan
 from shards.source import Sample, SampleReader, place
 from shards.target import Record
 
+_JPEG_NAMES = {".jpg", ".jpeg", ".jpe", ".jfif"}
+# From here Pillow warns: an image takes 270 MB when it is decoded.
+_HUGE_PIXELS = 89_478_485
+_PNG_DEPTH_AT = 24
+
 
 class BadImageError(ValueError):
     """An image is damaged, and damage is to stop the build."""
+
+
+class _FaultError(ValueError):
+    pass
+
+
+@dataclass(frozen=True)
+class _Image:
+    data: bytes
+    found: Scan
+    oddities: list[str]
+    """Of the image as the source has it."""
+    encoded: bool
+    """Whether it was encoded again."""
 
 
 def write_shard(task: Task) -> Part:
@@ -36,6 +55,7 @@ def write_shard(task: Task) -> Part:
     }
     keys: list[str] = []
     counts: Counter[str] = Counter()
+    oddities: list[Oddity] = []
     rejected: list[tuple[str, str]] = []
     temporary = task.work / f"{task.path.name}.{os.getpid()}.tmp"
     with (
@@ -43,73 +63,98 @@ def write_shard(task: Task) -> Part:
         task.target.writer(task.path, temporary, len(task.samples)) as writer,
     ):
         for sample, key in zip(task.samples, task.keys, strict=True):
-            data, found, fault = _read(reader, sample, task.options.validate)
-            if fault is not None:
+            try:
+                image = _image(task, reader, sample)
+            except _FaultError as fault:
                 if task.options.on_error == "stop":
-                    raise BadImageError(f"{place(task.root, sample)}: {fault}")
-                rejected.append((sample.path, fault))
+                    raise BadImageError(f"{place(task.root, sample)}: {fault}") from None
+                rejected.append((sample.path, str(fault)))
                 continue
+            data, found = image.data, image.found
             assert found.format, "a sound image has a format"
-            record = Record(key, found.format, data, sample.label, found.width, found.height)
+            checksum = xxhash.xxh3_64_intdigest(data)
+            record = Record(key, found.format, data, sample.label, found.width, found.height, checksum)
             rows["offset"].append(writer.add(record))
             rows["length"].append(len(data))
             rows["label"].append(sample.label)
             rows["width"].append(found.width)
             rows["height"].append(found.height)
-            rows["checksum"].append(xxhash.xxh3_64_intdigest(data))
+            rows["checksum"].append(checksum)
             keys.append(key)
-            counts.update(_oddities(sample.path, found))
+            counts.update(image.oddities)
+            if image.encoded:
+                counts["encoded"] += 1
+            if image.oddities:
+                oddities.append((sample.path, key, image.oddities, image.encoded))
         shard = writer.finish()
     columns: dict[str, npt.NDArray[Any]] = {
         name: np.array(values, dtype=np.uint64) for name, values in rows.items()
     }
     table = make_table({**columns, "shard": np.zeros(len(keys), dtype=np.uint32)}, keys)
-    part = Part(shard, dict(counts), rejected, table)
+    part = Part(shard, dict(counts), oddities, rejected, table)
     save_part(task, part)
     return part
 
 
-_NOTHING = scan(b"")
+def _image(task: Task, reader: SampleReader, sample: Sample) -> _Image:
+    """A sample as it goes into the shard.
+
+    Raises:
+        _FaultError: what is wrong with it.
+    """
+    data, found = _read(reader, sample)
+    oddities = list(_oddities(sample.path, data, found))
+    how = task.options.conversion()
+    encoded = how.wanted(found)
+    if not encoded and found.format != "jpeg" and task.target.jpeg_only:
+        raise _FaultError("a PNG, and a .beton holds JPEGs only; build with --convert oddities")
+    if encoded or task.options.validate == "decode":
+        from shards.picture import PictureError, check_decodes, convert  # workers start faster without it
+
+        try:
+            if encoded:
+                data = convert(data, found, how)
+                found = scan(data)
+            else:
+                check_decodes(data, found)
+        except PictureError as error:
+            raise _FaultError(str(error)) from None
+    return _Image(data, found, oddities, encoded)
 
 
-def _read(reader: SampleReader, sample: Sample, validate: str) -> tuple[bytes, Scan, str | None]:
-    """The bytes of a sample, what they are, and what is wrong with them."""
+def _read(reader: SampleReader, sample: Sample) -> tuple[bytes, Scan]:
+    """The bytes of a sample and what they are; sound by their structure."""
     if sample.size >= 2**32:
-        return b"", _NOTHING, "larger than 4 GiB"
+        raise _FaultError("larger than 4 GiB")
     try:
         data = reader.read(sample)
     except OSError as error:
-        return b"", _NOTHING, f"cannot be read: {error.strerror}"
-    found = scan(data)
-    return data, found, _fault_of(sample, data, found, validate)
-
-
-def _fault_of(sample: Sample, data: bytes, found: Scan, validate: str) -> str | None:
+        raise _FaultError(f"cannot be read: {error.strerror}") from None
     if len(data) != sample.size:
-        return f"changed during the build: {sample.size} bytes when listed, another number when read"
+        number = "more" if len(data) > sample.size else len(data)
+        raise _FaultError(f"changed during the build: {sample.size} bytes when listed, {number} when read")
+    found = scan(data)
     if found.fault:
-        return found.words
-    if validate == "decode":
-        from PIL import Image  # only where wanted: workers start faster without it
-
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-        except Exception as error:  # decoders raise whatever they like on damaged data
-            return f"does not decode: {error}"
-    return None
+        raise _FaultError(found.words)
+    return data, found
 
 
-def _oddities(path: str, found: Scan) -> Iterator[str]:
+def _oddities(path: str, data: bytes, found: Scan) -> Iterator[str]:
     extension = os.path.splitext(path)[1].lower()
-    if found.format == "jpeg":
+    if found.format == "png":
+        yield "png"
+        if extension in _JPEG_NAMES:
+            yield "misnamed"
+        if data[_PNG_DEPTH_AT] == 16:
+            yield "deep"
+    else:
+        if extension == ".png":
+            yield "misnamed"
         if found.components == 4:
             yield "cmyk"
-    else:
-        yield "png"
     if found.components <= 2:
         yield "grey"
-    if (extension == ".png") != (found.format == "png"):
-        yield "misnamed"
     if found.orientation != 1:
         yield "rotated"
+    if found.width * found.height > _HUGE_PIXELS:
+        yield "huge"

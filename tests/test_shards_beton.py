@@ -33,7 +33,10 @@ def jpeg(side: int, padding: int = 0) -> bytes:
 
 def records(count: int, padding: int = 300_000) -> list[Record]:
     made = [(jpeg(8 + i, padding * (i % 3)), i) for i in range(count)]
-    return [Record(f"k{i}", "jpeg", data, i % 5, 8 + i + 3, 8 + i) for data, i in made]
+    return [
+        Record(f"k{i}", "jpeg", data, i % 5, 8 + i + 3, 8 + i, xxhash.xxh3_64_intdigest(data))
+        for data, i in made
+    ]
 
 
 def write(path: Path, samples: list[Record], room: int | None = None) -> list[int]:
@@ -185,8 +188,8 @@ def test_an_interrupted_join_goes_on_to_the_same_bytes(
 
 
 def test_what_cannot_be_stored_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    png = Record("k", "png", b"\x89PNG", 0, 1, 1)
-    huge = Record("k", "jpeg", bytes(PAGE + 1), 0, 1, 1)
+    png = Record("k", "png", b"\x89PNG", 0, 1, 1, 0)
+    huge = Record("k", "jpeg", bytes(PAGE + 1), 0, 1, 1, 0)
     for record, wanted in ((png, "holds JPEGs alone, this one is a PNG"), (huge, "do not fit into a page")):
         writer = BetonWriter(tmp_path / "a.beton", tmp_path / "tmp", 5, PAGE)
         with pytest.raises(ValueError, match=f"sample k: .*{wanted}"), writer:

@@ -149,7 +149,7 @@ def test_a_truly_full_file_system(tmp_path: Path) -> None:
 
     def write_one() -> None:
         with target_tar.TarShardWriter(tmp_path / "a.tar", tmp_path / "temporary") as writer:
-            writer.add(Record("key", "jpeg", GOOD * 1000, 0, 90, 70))
+            writer.add(Record("key", "jpeg", GOOD * 1000, 0, 90, 70, 0))
             writer.finish()
 
     with pytest.raises(OSError, match="No space left"):
