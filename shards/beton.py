@@ -184,7 +184,7 @@ def _read(fd: int, size: int, where: Path) -> BetonTables:
             where,
             f"{int(raw.sum())} of {samples} samples hold raw pixels (sample {int(np.argmax(raw))} is the first), "
             "and vqsa serves encoded images",
-            "write it again with tools/build_shards.py, or with RGBImageField(write_mode='jpg')",
+            "write it from its images with tools/build_shards.py, or with RGBImageField(write_mode='jpg')",
         )
     if (mode != JPEG_MODE).any():
         first = int(np.argmax(mode != JPEG_MODE))

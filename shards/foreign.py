@@ -41,8 +41,8 @@ class ForeignShard:
     """Its labels are 0 where `names` has texts."""
     names: list[str] | None
     """Labels as texts, where they are no numbers; one per sample."""
-    damaged: list[str]
-    """A line for each image that the structural scan finds at fault."""
+    damaged: dict[int, str]
+    """Images that the structural scan finds at fault: number of the sample in the file, and words."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Rows:
     keys: list[str] = field(default_factory=list)
     labels: list[int | str] = field(default_factory=list)
     numbers: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
+    damaged: dict[int, str] = field(default_factory=dict)
 
     def add(self, fd: int, key: str, label: int | str, offset: int, length: int) -> None:
         if length > _MAX_IMAGE:
@@ -65,7 +65,7 @@ class _Rows:
             raise ValueError(f"{self.where}, sample {key}: the file became shorter while it was indexed")
         found = scan(data)
         if found.fault:
-            self.damaged.append(f"{self.where}, sample {key}: {found.words}")
+            self.damaged[len(self.keys)] = found.words
         # A damaged image keeps its place, so that samples have the numbers that other readers give them.
         width, height = (min(max(side, 1), MAX_SIDE) for side in (found.width, found.height))
         self.keys.append(key)

@@ -52,10 +52,7 @@ def indexed(files: list[Path], class_file: Path | None = None) -> tuple[Header, 
             names and no list of classes is there.
         OSError: a file cannot be read, or the index written nowhere.
     """
-    folder = files[0].parent
-    if class_file is None and (folder / CLASS_FILE).is_file():
-        class_file = folder / CLASS_FILE
-    classes = None if class_file is None else read_classes(class_file)
+    classes = _classes(files, class_file)
     for file in files:
         check_shard_name(file)
     stamp = _stamp(files, classes)
@@ -72,6 +69,22 @@ def indexed(files: list[Path], class_file: Path | None = None) -> tuple[Header, 
         return _valid(place, stamp) or _make(files, classes, stamp, place)
     finally:
         os.close(fd)
+
+
+def kept_index(files: list[Path], class_file: Path | None = None) -> tuple[Header, Table] | None:
+    """The index that was once made of these files, even if they have changed since; None without one."""
+    classes = _classes(files, class_file)
+    for place in (_beside(files, classes), _cache(files, classes)):
+        if (place / HEADER_NAME).is_file():
+            header = read_header(place)
+            return header, read_table(place, header)
+    return None
+
+
+def _classes(files: list[Path], class_file: Path | None) -> list[str] | None:
+    if class_file is None and (files[0].parent / CLASS_FILE).is_file():
+        class_file = files[0].parent / CLASS_FILE
+    return None if class_file is None else read_classes(class_file)
 
 
 def _digest(*parts: object) -> xxhash.xxh3_128:
@@ -137,7 +150,11 @@ def _make(files: list[Path], classes: list[str] | None, stamp: str, place: Path)
             raise
     header, table, encoded = _manifest(files, found, classes, stamp)
     write_manifest(place, header, encoded)
-    damaged = [line for shard in found for line in shard.damaged]
+    damaged = [
+        f"{file}, sample {shard.table.key(row)}: {words}"
+        for file, shard in zip(files, found, strict=True)
+        for row, words in shard.damaged.items()
+    ]
     if damaged:
         log.warning(
             "%d images are damaged, and will be marked when read; the first: %s", len(damaged), damaged[0]

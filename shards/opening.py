@@ -35,7 +35,7 @@ def open(
         ValueError: a manifest of another version, damaged, or not matching its shard files; shards of
             others that are damaged, or whose samples lack an image or a label.
     """
-    folder = _set_folder(path)
+    folder = set_folder(path)
     if folder is None:
         files = locate(path)
         header, table = indexed(files, None if classes is None else Path(classes).absolute())
@@ -53,7 +53,7 @@ def open(
     return Store(files, header, table, max_open_files, again)
 
 
-def _set_folder(path: str | os.PathLike[str]) -> Path | None:
+def set_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder whose manifest lists what `path` means; None where there is no manifest to ask."""
     whole = Path(path).absolute()
     if whole.is_file() and (whole.parent / HEADER_NAME).is_file():

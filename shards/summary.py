@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def summary(store: Store, classes: int = 10) -> str:
         f"{_printable(store.name, 80)}: {len(store)} samples, {len(store.classes)} classes, "
         f"{len(header.shards)} shards ({header.storage})",
         f"  images {stored / 1e6:.1f} MB, shards {on_disk / 1e6:.1f} MB",
-        f"  options: {options}",
+        *textwrap.wrap(f"  options: {options}", 110, subsequent_indent="    "),
     ]
     lines.extend(f"  {_printable(kind, 40)}: {count}" for kind, count in header.counts.items() if count)
 

@@ -23,7 +23,9 @@ class InspectOptions:
     """What to show."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of the shard set."""
+    """Folder of the shard set, one .tar or .beton, or a pattern such as 'train-{000000..001281}.tar'."""
+    class_file: Path | None = None
+    """For shards without a manifest: file with the class names, one a line."""
     classes: Annotated[int, Field(ge=1)] = 10
     """How many of the largest and of the smallest classes to list."""
     sheet: Path | None = None
@@ -35,7 +37,7 @@ class InspectOptions:
 def main() -> int:
     try:
         options = tyro.cli(InspectOptions, description=__doc__)
-        with shards.open(options.path) as store:
+        with shards.open(options.path, classes=options.class_file) as store:
             print(summary(store, options.classes))
             if options.sheet is None:
                 return 0

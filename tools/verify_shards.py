@@ -2,6 +2,9 @@
 
 python tools/verify_shards.py /data/imagenet-train
 
+Sets without a manifest (tars or .beton files of others) are compared with the index made when they were first
+opened.
+
 Exit code: 0 where the set is sound, 1 where there are faults, 2 where there is no set to verify.
 """
 
@@ -24,11 +27,13 @@ class VerifyOptions:
     """What to verify."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of the shard set."""
+    """Folder of the shard set, one .tar or .beton, or a pattern such as 'train-{000000..001281}.tar'."""
     decode: bool = False
     """Decode every image as well (many times slower)."""
     workers: Annotated[int, Field(ge=1)] = os.cpu_count() or 1
-    """Shards looked at side by side."""
+    """Shards, and parts of a .beton, looked at side by side."""
+    class_file: Path | None = None
+    """For shards without a manifest: file with the class names, one a line."""
     max_faults: Annotated[int, Field(ge=1)] = 100
     """Faults printed; all are counted."""
 
@@ -36,7 +41,7 @@ class VerifyOptions:
 def main() -> int:
     try:
         options = tyro.cli(VerifyOptions, description=__doc__)
-        found = verify(options.path, options.decode, options.workers, progress=True)
+        found = verify(options.path, options.decode, options.workers, True, options.class_file)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
