@@ -59,7 +59,9 @@ def summary(store: Store, classes: int = 10) -> str:
     stored = int(store.length.sum(dtype=np.uint64))
     on_disk = sum(shard.size for shard in header.shards)
     options = ", ".join(
-        f"{_printable(str(k), 40)}={_printable(str(v), 40)}" for k, v in header.options.items()
+        f"{_printable(str(k), 40)}={_printable(str(v), 40)}"
+        for k, v in header.options.items()
+        if v is not None
     )
     lines = [
         f"{_printable(store.name, 80)}: {len(store)} samples, {len(store.classes)} classes, "
