@@ -31,6 +31,8 @@ VARIANTS = {
         trunk="resnet10", codes=3, quantise="pooled", metric="cosine", released_eval_scale=True
     ),
     "none": ModelConfig(trunk="resnet10", quantise="none", attention=False),
+    "kept up": ModelConfig(trunk="resnet10", codes=6, ema=0.9, revive_after=2, metric="cosine", centre=True),
+    "top-k": ModelConfig(trunk="resnet10", codes=6, top_k=2),
 }
 
 
