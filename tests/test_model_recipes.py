@@ -24,7 +24,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "resnext101_32x8d": {"model.trunk": "resnext101_32x8d"},
     "resnext101_64x4d": {"model.trunk": "resnext101_64x4d"},
     "no_corruptions": {"pipeline.kinds": []},
-    "best": {"model.init": "kmeans", "model.init_batches": 16, "model.ema": 0.99, "model.revive_after": 20},
+    "best": {"model.init": "kmeans", "model.init_batches": 16, "model.ema": 0.95, "model.revive_after": 10},
 }
 EVERY = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
