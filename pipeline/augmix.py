@@ -188,7 +188,10 @@ def _autocontrast(histogram_BCG: Tensor) -> Tensor:
     high_BC1 = 255 - used_BCG.flip(2).int().argmax(2, keepdim=True)
     grey_G = torch.arange(256, device=histogram_BCG.device)
     # In double, as PIL computes it, since the result is cut off to an integer.
-    scale_BC1 = 255.0 / (high_BC1 - low_BC1).clamp_min(1).double()
+    span_BC1 = (high_BC1 - low_BC1).clamp_min(1).double()
+    scale_BC1 = (
+        torch.full_like(span_BC1, 255.0) / span_BC1
+    )  # 255.0 / span would multiply by a rounded reciprocal
     table_BCG = (grey_G * scale_BC1 - low_BC1 * scale_BC1).trunc().clamp(0, 255).long()
     return torch.where(high_BC1 > low_BC1, table_BCG, grey_G)
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 EXIT_CODE = 1
 _VERDICT = "verdict"
+_CLEAN_UP_S = 15.0
+_BROKEN_COLLECTIVE = ("gloo", "NCCL", "Connection", "connection")
 
 
 class Heartbeat:
@@ -42,6 +45,7 @@ class Heartbeat:
         self._store: Any = None
         self._thread: threading.Thread | None = None
         self._rank = self._ranks = 0
+        self._places: list[tuple[int, str]] = []
         self._names: list[str] = []
 
     def __enter__(self) -> Heartbeat:
@@ -59,10 +63,10 @@ class Heartbeat:
         dist.broadcast_object_list(port, group=group)
         if self._store is None:
             self._store = TCPStore(host, port[0], is_master=False, timeout=patience)
-        mine = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
-        names: list[str | None] = [None] * self._ranks
-        dist.all_gather_object(names, mine, group=group)
-        self._names = [str(name) for name in names]
+        places: list[Any] = [None] * self._ranks
+        dist.all_gather_object(places, (os.getpid(), socket.gethostname()), group=group)
+        self._places = places
+        self._names = [f"rank {rank} (process {pid} on {name})" for rank, (pid, name) in enumerate(places)]
         self._beat(0)
         dist.barrier(group=group)
         self._thread = threading.Thread(target=self._watch, name="vqsa-heartbeat", daemon=True)
@@ -72,6 +76,12 @@ class Heartbeat:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._store is None or self._thread is None:
             return
+        if error is not None:
+            # Cleaning up after a broken collective must not become the next hang.
+            last_resort = threading.Timer(self._lost_after_s + _CLEAN_UP_S, os._exit, (EXIT_CODE,))
+            last_resort.daemon = True
+            last_resort.start()
+            self._name_the_cause(error)
         self._over.set()
         self._thread.join()
         if error is None:
@@ -80,6 +90,23 @@ class Heartbeat:
         self.fail(f"{type(error).__name__}: {error}")
         if self._rank == 0:
             time.sleep(2 * self._interval_s)  # let the others read it: the store ends with this process
+
+    def _name_the_cause(self, error: BaseException) -> None:
+        """Say whose end this process's error comes from, where it is another's."""
+        gone = self._gone()
+        if gone:
+            log.critical("%s ends because %s", self._names[self._rank], gone)
+        elif isinstance(error, RuntimeError) and any(mark in str(error) for mark in _BROKEN_COLLECTIVE):
+            # Of a process elsewhere that died, all see such an error. The thread finds out which, and ends this one.
+            log.critical("%s: %s; looking for the process behind it", self._names[self._rank], error)
+            self._over.wait(self._lost_after_s + 2 * self._interval_s)
+
+    def _gone(self) -> str:
+        """Name a process of this machine that no longer runs."""
+        for rank, (pid, host) in enumerate(self._places):
+            if rank != self._rank and host == socket.gethostname() and not _runs(pid):
+                return f"{self._names[rank]} no longer runs: killed or crashed"
+        return ""
 
     def fail(self, message: str) -> None:
         """Tell the other processes that this one ends, and why; the first to say so is who they name."""
@@ -132,10 +159,10 @@ class Heartbeat:
                         elif now_s - heard_s[rank] > self._lost_after_s:
                             self._accuse(rank, now_s - heard_s[rank])
                 verdict = self._verdict()
-            except (RuntimeError, OSError) as error:
+            except Exception as error:
                 if self._over.is_set():
                     return
-                verdict = f"{self._names[0]} no longer answers ({str(error).splitlines()[0]})"
+                verdict = self._gone() or f"{self._names[0]} no longer answers ({str(error).splitlines()[0]})"
             if verdict and not self._over.is_set():
                 log.critical("%s: %s; this process ends too", self._names[self._rank], verdict)
                 sys.stdout.flush()
@@ -149,3 +176,11 @@ class Heartbeat:
         message = f"{self._names[rank]} has not been heard of for {silent_s:.0f} s: dead, stopped or cut off"
         with self._lock:
             self._store.compare_set(_VERDICT, "", message)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine runs; one that ended and is not waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

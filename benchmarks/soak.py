@@ -1,0 +1,148 @@
+"""Trains for half an hour and watches what the process holds: host memory, file handles, threads.
+
+    python benchmarks/soak.py --minutes 30 --out benchmarks/results/soak.json
+
+A small model on generated pictures: many epochs, with the full corruption mix, checkpoints, validations, metrics and
+TensorBoard, so that whatever grows by step, epoch, checkpoint or validation shows. Growth is from the end of the
+first five minutes: mean of the minute after it against the mean of the last minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.environment import environment
+from tools.runtime.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_PCT = 2.0
+
+
+class Soak(BaseModel):
+    """Train for a while and watch memory and file handles."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    minutes: float = Field(30, gt=0)
+    """Length of the run."""
+
+    settle_minutes: float = Field(5, ge=0)
+    """Time at the start that does not count: caches fill, allocators grow."""
+
+    data: Path | None = None
+    """Shard set; unset: 300 generated pictures."""
+
+    out: Path | None = None
+    """JSON file for the result."""
+
+
+def sample(pid: int) -> dict[str, float]:
+    """Return what a process holds now."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+    )
+    return {
+        "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        "anonymous_mib": int(fields["RssAnon"].split()[0]) / 1024,
+        "handles": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": int(fields["Threads"]),
+    }
+
+
+def growth(samples: list[dict[str, float]], name: str, settle_s: float, end_s: float) -> dict[str, float]:
+    """Return the means of the minute after settling and of the last minute, and the growth in percent."""
+    window_s = min(60.0, (end_s - settle_s) / 3)
+    first = statistics.mean(s[name] for s in samples if settle_s <= s["at_s"] < settle_s + window_s)
+    last = statistics.mean(s[name] for s in samples if s["at_s"] >= end_s - window_s)
+    return {
+        "first": round(first, 2),
+        "last": round(last, 2),
+        "growth_pct": round(100 * (last / first - 1), 3),
+    }
+
+
+def soak(command: Soak, folder: Path) -> dict[str, object]:
+    """Run it; returns the result."""
+    data = command.data
+    if data is None:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from conftest import write_pictures
+
+        from shards.build import BuildOptions, build
+
+        write_pictures(folder / "source", 300)
+        data = folder / "shards"
+        build(BuildOptions(source=folder / "source", out=data, name="pictures", workers=1))
+    run = folder / "run"
+    arguments = ["--recipe", "tests/tiny.toml", "--data", str(data), "--val", str(data), "--out", str(run)]
+    arguments += [
+        "--steps",
+        "100000000",
+        "--log-every",
+        "50",
+        "--checkpoint-every",
+        "500",
+        "--val-every",
+        "500",
+    ]
+    arguments += ["--images-every", "500", "--optim.ema-decay", "0.999", "--optim.lr", "1e-4"]
+    arguments += ["--pipeline.mixup", "0.2", "--pipeline.cutmix", "1.0", "--checkpoint-async"]
+    log = (folder / "log").open("w")
+    process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=log, stderr=log)
+    metrics = run / "metrics.jsonl"
+    while not metrics.is_file() or metrics.stat().st_size == 0:
+        if process.poll() is not None:
+            raise RuntimeError((folder / "log").read_text())
+        time.sleep(1)
+    began_s = time.monotonic()
+    samples: list[dict[str, float]] = []
+    while (at_s := time.monotonic() - began_s) < 60 * command.minutes:
+        if process.poll() is not None:
+            raise RuntimeError((folder / "log").read_text())
+        samples.append({"at_s": at_s, **sample(process.pid)})
+        time.sleep(min(5.0, 0.6 * command.minutes))
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(120)
+    records = [r for r in read_metrics(metrics) if "loss" in r]
+    result: dict[str, object] = {
+        "minutes": command.minutes,
+        "settle_minutes": command.settle_minutes,
+        "exit_code_on_sigterm": code,
+        "steps": records[-1]["step"],
+        "epochs": round(records[-1]["epoch"], 1),
+    }
+    for name in ("rss_mib", "anonymous_mib", "handles", "threads"):
+        result[name] = growth(samples, name, 60 * command.settle_minutes, samples[-1]["at_s"])
+    result["each_minute"] = [
+        {key: round(value, 1) for key, value in one.items()} for one in samples[:: max(1, len(samples) // 30)]
+    ]
+    return result
+
+
+def main() -> None:
+    """Run the command line; exit code 1 where memory grew by more than 2 % or handles or threads grew at all."""
+    command = tyro.cli(Soak, description=Soak.__doc__)
+    with tempfile.TemporaryDirectory() as name:
+        result = soak(command, Path(name))
+    print(json.dumps({k: v for k, v in result.items() if k != "each_minute"}, indent=1))
+    if command.out:
+        words = f"python benchmarks/soak.py --minutes {command.minutes:g}"
+        command.out.write_text(json.dumps({**environment(), "command": words, **result}, indent=1) + "\n")
+    grown = {name: result[name]["growth_pct"] for name in ("rss_mib", "handles", "threads")}  # type: ignore[index]
+    sys.exit(grown["rss_mib"] > LIMIT_PCT or grown["handles"] > 0 or grown["threads"] > 0)
+
+
+if __name__ == "__main__":
+    main()

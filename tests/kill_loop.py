@@ -1,0 +1,166 @@
+"""Kills a run with kill -9 again and again, lets it go on, and compares it with an undisturbed one.
+
+    python tests/kill_loop.py --kills 20 --out benchmarks/results/kill_resume.json
+
+Two CPU processes. Every third kill hits a checkpoint that is being written; the others come some random steps after
+the start. Every other kill hits one process only, so that the other one has to notice. Afterwards final weights,
+optimiser, losses and metrics must be bit-equal, with every step in the log once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ranks import ROOT, Ranks, run
+
+from tools.runtime import checkpoint
+from tools.runtime.metrics import read_metrics
+
+STEPS = 60
+WITHIN_S = 60  # for the other process to notice
+
+
+def last_step(out: Path) -> int:
+    records = read_metrics(out / "metrics.jsonl")
+    return int(records[-1]["step"]) if records else 0
+
+
+def newest(out: Path) -> int:
+    names = [p.name for p in (out / "checkpoints").glob("step_*") if p.suffix != ".tmp"]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def disturb(
+    process: Ranks, out: Path, randomness: random.Random, *, in_write: bool, one: bool
+) -> dict[str, Any]:
+    """Kill processes at a random moment; returns what was done, and how long the others lived."""
+    begin = newest(out)
+    target = begin + randomness.randint(1, 5)
+    deadline_s = time.monotonic() + 120
+    writing = False
+    while time.monotonic() < deadline_s:
+        writing = any(out.glob("checkpoints/step_*.tmp"))
+        reached = last_step(out) >= target
+        if (writing and in_write) or (reached and not in_write) or process.poll():
+            break
+        time.sleep(0.001)
+    if process.poll():
+        raise RuntimeError(f"the run ended before it was killed:\n{process.log.read_text()[-3000:]}")
+    time.sleep(randomness.uniform(0, 0.03))
+    victims = [randomness.randrange(process.ranks)] if one else list(range(process.ranks))
+    partial = [p.name for p in out.glob("checkpoints/step_*.tmp")]
+    process.kill(*victims)
+    killed_s = time.monotonic()
+    codes = process.wait(WITHIN_S)
+    return {
+        "resumed_from": begin,
+        "killed_ranks": victims,
+        "step_in_log": last_step(out),
+        "unfinished_checkpoint": partial[0] if partial else None,
+        "others_lived_s": round(time.monotonic() - killed_s, 2),
+        "exit_codes": [codes[rank] for rank in range(process.ranks)],
+    }
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Return what differs between two finished runs, in words."""
+    import torch
+
+    found = []
+    ends = [checkpoint.newest(out) for out in (a, b)]
+    states = [end.model_state() for end in ends]
+    found += [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    optimizers = [
+        torch.load(end.path / checkpoint.TRAINING_FILE, weights_only=True)["optimizer"]["state"]
+        for end in ends
+    ]
+    for number, values in optimizers[0].items():
+        found += [
+            f"optimizer {number} {key}"
+            for key, value in values.items()
+            if not torch.equal(torch.as_tensor(value), torch.as_tensor(optimizers[1][number][key]))
+        ]
+    varies = {"rate_img_s", "data_wait_pct", "memory_gib", "host_gib"}
+    logs = [
+        [{k: v for k, v in r.items() if k not in varies} for r in read_metrics(out / "metrics.jsonl")]
+        for out in (a, b)
+    ]
+    if [r["step"] for r in logs[1]] != list(range(1, STEPS + 1)):
+        found.append(f"steps in the log: {[r['step'] for r in logs[1]]}")
+    if logs[0] != logs[1]:
+        found.append("metrics")
+    return found
+
+
+def kill_loop(shards: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Run undisturbed and with kills; returns the result as it is written to the file."""
+    arguments = ["--recipe", str(ROOT / "tests" / "tiny.toml"), "--data", str(shards), "--steps", str(STEPS)]
+    arguments += ["--checkpoint-every", "3", "--lost-after-s", "10"]
+    calm, disturbed = folder / "calm", folder / "disturbed"
+    folder.mkdir(parents=True, exist_ok=True)
+    run([*arguments, "--out", str(calm)], 2, folder / "calm.log")
+    randomness = random.Random(seed)
+    done = []
+    for number in range(kills):
+        process = Ranks(
+            [*arguments, "--out", str(disturbed), "--resume", "auto"], 2, folder / "disturbed.log"
+        )
+        process.start()
+        done.append(disturb(process, disturbed, randomness, in_write=number % 3 == 2, one=bool(number % 2)))
+        print(json.dumps(done[-1]), flush=True)
+    run([*arguments, "--out", str(disturbed), "--resume", "auto"], 2, folder / "disturbed.log")
+    return {
+        "kills": kills,
+        "kills_during_a_checkpoint_write": sum(d["unfinished_checkpoint"] is not None for d in done),
+        "kills_of_one_process": sum(len(d["killed_ranks"]) == 1 for d in done),
+        "longest_s_until_the_others_ended": max(d["others_lived_s"] for d in done),
+        "steps": STEPS,
+        "differences": differences(calm, disturbed),
+        "each": done,
+    }
+
+
+def main() -> None:
+    """Run the command line; exit code 1 if anything differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, help="shard set; by default 90 generated pictures")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = chosen.data
+        if shards is None:
+            from conftest import write_pictures
+
+            from shards.build import BuildOptions, build
+
+            write_pictures(folder / "source", 90)
+            shards = folder / "shards"
+            build(BuildOptions(source=folder / "source", out=shards, name="pictures", workers=1))
+        began_s = time.perf_counter()
+        result = kill_loop(shards, folder / "runs", chosen.kills, chosen.seed)
+        result["seconds"] = round(time.perf_counter() - began_s, 1)
+    if chosen.out:
+        from benchmarks.environment import environment
+
+        command = f"python tests/kill_loop.py --kills {chosen.kills} --seed {chosen.seed}"
+        chosen.out.write_text(json.dumps({**environment(), "command": command, **result}, indent=1) + "\n")
+    print(f"{result['kills']} kills, differences: {result['differences'] or 'none'}")
+    sys.exit(bool(result["differences"]))
+
+
+if __name__ == "__main__":
+    main()
