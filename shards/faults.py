@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import xxhash
 
 from shards.manifest import Table
-from shards.scan import scan
+from shards.scan import Scan, scan
 
 _CHUNK = 1 << 20
 
@@ -50,18 +49,17 @@ def image_problem(data: bytes, table: Table, row: int, decode: bool) -> str | No
     seen = scan(data, width, height)
     if seen.fault:
         return f"{seen.words} (the manifest says {width} x {height} pixels)"
-    return decode_problem(data) if decode else None
+    return decode_problem(data, seen) if decode else None
 
 
-def decode_problem(data: bytes) -> str | None:
-    """What a decoder says against an image; None where it decodes."""
-    from PIL import Image  # only where wanted
+def decode_problem(data: bytes, seen: Scan) -> str | None:
+    """What a decoder says against an image that the scan finds sound; None where it decodes."""
+    from shards.picture import PictureError, check_decodes  # only where wanted
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-    except Exception as error:  # decoders raise whatever they like on damaged data
-        return f"does not decode: {error}"
+        check_decodes(data, seen)
+    except PictureError as error:
+        return str(error)
     return None
 
 

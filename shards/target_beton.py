@@ -14,7 +14,6 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from shards.beton import (
     ALLOCATION,
@@ -147,8 +146,7 @@ class BetonWriter:
         self._end += size
         if self._waiting_bytes >= _FLUSH:
             self._flush()
-        checksum = xxhash.xxh3_64_intdigest(record.data)
-        self._rows.append((record.label, offset, size, record.width, record.height, checksum))
+        self._rows.append((record.label, offset, size, record.width, record.height, record.checksum))
         return offset
 
     def _flush(self) -> None:
@@ -191,6 +189,7 @@ class BetonTarget:
     storage: Storage = "ffcv"
     suffix = SUFFIX
     beside: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     jpeg_only = True
     joined = True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from shards.faults import Fault, decode_problem
 from shards.foreign import ForeignShard, read_foreign
 from shards.manifest import ShardFile, Table
+from shards.scan import scan
 
 _COPY = "copy it again from where it is whole; if it was changed on purpose, delete the index"
 
@@ -37,7 +38,8 @@ def foreign_tar_faults(
         if problem_here is None and decode and here not in found.damaged:
             with path.open("rb") as file:
                 file.seek(int(table.columns["offset"][row]))
-                problem_here = decode_problem(file.read(int(table.columns["length"][row])))
+                data = file.read(int(table.columns["length"][row]))
+            problem_here = decode_problem(data, scan(data))
         if problem_here is not None:
             differing = True
             yield Fault(info.name, table.key(row), problem_here, _COPY)

@@ -100,7 +100,7 @@ def rows_of(samples: list[Record], offsets: list[int]) -> dict[str, np.ndarray]:
         "shard": np.zeros(len(samples), np.uint32),
         "offset": np.array(offsets, np.uint64),
         "length": np.array([len(r.data) for r in samples], np.uint32),
-        "checksum": np.array([xxhash.xxh3_64_intdigest(r.data) for r in samples], np.uint64),
+        "checksum": np.array([r.checksum for r in samples], np.uint64),
         "label": np.array([r.label for r in samples], np.int32),
         "width": np.array([r.width for r in samples], np.int32),
         "height": np.array([r.height for r in samples], np.int32),

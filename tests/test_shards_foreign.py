@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -283,7 +284,11 @@ def test_a_foreign_beton(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     with BetonWriter(path, tmp_path / "tmp", 6) as writer:
         for i, image in enumerate(data):
             # A size that is not the image's: what the file says is not believed.
-            writer.add(Record(f"k{i}", "jpeg", image, i % 4, 12, 9 + i % 5 + (i == 3), 0))
+            writer.add(
+                Record(
+                    f"k{i}", "jpeg", image, i % 4, 12, 9 + i % 5 + (i == 3), xxhash.xxh3_64_intdigest(image)
+                )
+            )
         shard = writer.finish()
     for where in (path, path.parent):
         store = shards.open(where)
