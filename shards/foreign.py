@@ -125,6 +125,22 @@ def _read_beton(fd: int, path: Path, size: int) -> ForeignShard:
 
 def _read_tar(fd: int, path: Path, size: int) -> ForeignShard:
     rows = _Rows(str(path))
+    for key, image, label in tar_samples(fd, path, size):
+        rows.add(fd, key, label, image.offset, image.size)
+    whole = xxhash.xxh3_128()
+    at = 0
+    while chunk := os.pread(fd, _CHUNK, at):
+        whole.update(chunk)
+        at += len(chunk)
+    return rows.finish(path.name, size, whole.hexdigest(), fd)
+
+
+def tar_samples(fd: int, path: Path, size: int) -> Iterator[tuple[str, Member, int | str]]:
+    """Key, image and label of each sample of a WebDataset tar; reads the headers and the labels alone.
+
+    Raises:
+        ValueError: its structure is damaged, or a sample has no image or no label; names file and sample.
+    """
     for key, parts in _samples(fd, path, size):
         image = next((parts[kind] for kind in _IMAGES if kind in parts), None)
         if image is None:
@@ -132,13 +148,7 @@ def _read_tar(fd: int, path: Path, size: int) -> ForeignShard:
                 f"{path}, sample {key}: no image (one of .{', .'.join(_IMAGES)}), only "
                 f".{', .'.join(sorted(parts)[:8])}; vqsa reads images with a label"
             )
-        rows.add(fd, key, _label(fd, f"{path}, sample {key}", parts), image.offset, image.size)
-    whole = xxhash.xxh3_128()
-    at = 0
-    while chunk := os.pread(fd, _CHUNK, at):
-        whole.update(chunk)
-        at += len(chunk)
-    return rows.finish(path.name, size, whole.hexdigest(), fd)
+        yield key, image, _label(fd, f"{path}, sample {key}", parts)
 
 
 def _samples(fd: int, path: Path, size: int) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -23,7 +23,7 @@ class BuildOptions:
     source: Path
     """Folder SOURCE/<class>/<image>; ILSVRC2012_img_train.tar, or a folder of its class tars;
     ILSVRC2012_img_val.tar (with --labels); a .csv or .jsonl list of `path` and `label` or `class`; a shard set,
-    WebDataset tars (a folder, or a pattern with braces); or a .beton."""
+    WebDataset tars (a folder, one tar, or a pattern with braces); or a .beton."""
     out: Path
     """Folder for the shard set; made where it is not there."""
     name: FileName

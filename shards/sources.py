@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 from shards.labels import read_classes, with_classes
+from shards.manifest import HEADER_NAME, UNFINISHED
 from shards.options import BuildOptions
 from shards.source import IMAGE_EXTENSIONS, Listing
 from shards.source_archive import list_class_tars, list_flat_tar
 from shards.source_folder import list_image_folder
 from shards.source_list import LIST_EXTENSIONS, list_listed_images
-from shards.source_store import list_store
+from shards.source_store import list_shards
 from shards.tar_index import members
 
 _GZIP = b"\x1f\x8b"
 _PEEK = 50
 _KINDS = (
-    "a folder of class folders, of WebDataset tars or of class tars; a tar; a .csv or .jsonl list; a pattern "
-    "like train-{000000..000099}.tar; or a .beton"
+    "a folder of class folders, of WebDataset tars, of class tars or with a .beton; a tar; a .beton; "
+    "a .csv or .jsonl list; or a pattern like train-{000000..000099}.tar"
 )
 
 
@@ -50,8 +51,9 @@ def _list(source: Path, labels: Path | None) -> Listing:
         return list_flat_tar(source, labels)
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
-        if (source / "manifest.json").is_file() or (tars and _kind_of_tar(tars[0]) == "webdataset"):
-            return list_store(source)
+        ours = (source / HEADER_NAME).exists() or (source / UNFINISHED).exists()
+        if ours or any(source.glob("*.beton")) or (tars and _kind_of_tar(tars[0]) == "webdataset"):
+            return list_shards(source)
         if tars and not any(entry.is_dir() for entry in os.scandir(source) if not entry.name.startswith(".")):
             return list_class_tars(source)
         return list_image_folder(source)
@@ -59,9 +61,9 @@ def _list(source: Path, labels: Path | None) -> Listing:
     if suffix in LIST_EXTENSIONS:
         return list_listed_images(source)
     if suffix == ".beton" or "{" in str(source):
-        return list_store(source)
+        return list_shards(source)
     if suffix == ".tar" and source.is_file():
-        return list_class_tars(source) if _kind_of_tar(source) == "tars" else list_store(source)
+        return list_class_tars(source) if _kind_of_tar(source) == "tars" else list_shards(source)
     if source.is_file():
         with source.open("rb") as file:
             packed = file.read(2) == _GZIP

@@ -60,6 +60,8 @@ class Target(Protocol):
     """Of a shard's name: `.tar`."""
     beside: tuple[str, ...]
     """Suffixes of the files that lie beside each shard and belong to it: `.idx`."""
+    imports: tuple[str, ...]
+    """Modules that its writer imports when it starts; worker processes are forked with them."""
     jpeg_only: bool
     """Whether its readers take JPEG alone."""
     joined: bool

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import BinaryIO
 
 import xxhash
-from webdataset import TarWriter
 
 from shards.manifest import ShardFile, Storage, Table, sync_folder, write_file
 from shards.target import Record
@@ -56,6 +55,8 @@ class TarShardWriter:
         self._path, self._temporary = path, temporary
         self._file = temporary.open("wb", buffering=1 << 20)
         self._out = HashingFile(self._file)
+        from webdataset import TarWriter  # which imports torch; a dry run and --help need not wait for it
+
         self._tar = TarWriter(
             self._out, encoder=False, mtime=0, user="vqsa", group="vqsa", mode=0o444, compress=False
         )
@@ -118,6 +119,7 @@ class TarTarget:
     storage: Storage = "webdataset"
     suffix = ".tar"
     beside: tuple[str, ...] = (".idx",)
+    imports: tuple[str, ...] = ("webdataset",)
     jpeg_only = False
     joined = False
 

@@ -73,7 +73,7 @@ def write_missing(tasks: list[Task], workers: int, bar: Any) -> tuple[list[Part]
     # A server that has imported everything forks clean workers; forking this process would copy
     # whatever threads and locks its caller has.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shards.write_shard"])
+    context.set_forkserver_preload(["shards.write_shard", *tasks[0].target.imports])
     failures: dict[int, BaseException] = {}
     lock = tasks[0].work / WORKERS_LOCK
     pool: Executor = ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (lock,))

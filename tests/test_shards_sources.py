@@ -6,11 +6,13 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from building import contents, digests, encoded, plain_files, run, write_tree
 from scipy import io as scipy_io
 
@@ -231,9 +233,103 @@ def test_a_set_of_ours_gives_the_same_tars_again(source: Path, tmp_path: Path) -
     ours, again = digests(tmp_path / "one"), digests(tmp_path / "again1")
     assert again == digests(tmp_path / "again4")
     assert ours.keys() == again.keys()
-    assert [name for name in ours if ours[name] != again[name]] == ["manifest.json"], (
-        "only source and seed differ"
+    assert [name for name in ours if ours[name] != again[name]] == ["manifest.json", "oddities.csv"], (
+        "only names of the source"
     )
+
+
+def webdataset_tars(source: Path, folder: Path, name_of: Callable[[Path], object]) -> None:
+    """A set as webdataset's own writer leaves it, with times in extended headers before each member."""
+    folder.mkdir()
+    pattern = str(folder / "theirs-%03d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=5, verbose=0) as writer:
+        for path in sorted(source.glob("*/*")):
+            sample = {
+                "__key__": path.stem,
+                "jpg": path.read_bytes(),
+                "cls": str(name_of(path)),
+                "json": b"{}",
+            }
+            writer.write(sample)
+
+
+@pytest.mark.parametrize("form", ["folder", "pattern", "named"])
+def test_webdataset_tars_of_others(source: Path, tmp_path: Path, form: str) -> None:
+    theirs = tmp_path / "theirs"
+    webdataset_tars(source, theirs, lambda p: p.parent.name if form == "named" else int(p.parent.name[1:]))
+    given = theirs if form != "pattern" else theirs / "theirs-{000..002}.tar"
+    names = tmp_path / "names"
+    names.write_text("c0\nc1\nc2\n")
+    run(source, tmp_path / "folder")
+    dry = run(given, tmp_path / "dry", dry_run=True)
+    assert (dry.samples, dry.shards) == (12, 4)
+    for workers in (1, 4):
+        run(given, tmp_path / f"out{workers}", workers=workers, classes=names)
+    ours, folders = digests(tmp_path / "out1"), digests(tmp_path / "folder")
+    assert ours == digests(tmp_path / "out4")
+    assert [n for n in ours if ours[n] != folders[n]] == ["manifest.json"], (
+        "only the names of the source differ"
+    )
+    run(given, tmp_path / "plain")
+    plain = shards.open(tmp_path / "plain")
+    assert plain.classes == (["c0", "c1", "c2"] if form == "named" else ["0", "1", "2"])
+    names.write_text("c0\nc1\n")
+    with pytest.raises(
+        ValueError, match=r"theirs-001\.tar: .*c2_11\.jpg: its label 'c?2' is not one of the 2 classes"
+    ):
+        run(given, tmp_path / "short", classes=names)
+
+
+def test_one_tar_of_others(source: Path, tmp_path: Path) -> None:
+    webdataset_tars(source, tmp_path / "theirs", lambda p: p.parent.name)
+    run(tmp_path / "theirs" / "theirs-001.tar", tmp_path / "out")
+    assert list(contents(shards.open(tmp_path / "out"))) == ["c1_10", "c1_4", "c1_7", "c2_11", "c2_2"]
+
+
+def test_damage_in_tars_of_others_is_named(source: Path, tmp_path: Path) -> None:
+    (source / "c1" / "c1_1.JPEG").write_bytes(encoded()[:200])
+    webdataset_tars(source, tmp_path / "theirs", lambda p: p.parent.name)
+    with pytest.raises(ValueError, match=r"theirs-000\.tar.*c1_1.*truncated"):
+        run(tmp_path / "theirs", tmp_path / "out")
+    assert run(tmp_path / "theirs", tmp_path / "out", on_error="skip").counts["rejected"] == 1
+    assert "c1_1" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_to_beton_and_back_keeps_every_byte(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "tar", seed=2)
+    for workers in (1, 4):
+        run(
+            tmp_path / "tar",
+            tmp_path / f"beton{workers}",
+            target="beton",
+            samples_per_shard=None,
+            workers=workers,
+        )
+        run(tmp_path / "beton1", tmp_path / f"back{workers}", workers=workers)
+    assert digests(tmp_path / "beton1") == digests(tmp_path / "beton4")
+    assert digests(tmp_path / "back1") == digests(tmp_path / "back4")
+    assert contents(shards.open(tmp_path / "beton1")) == contents(shards.open(tmp_path / "tar"))
+    ours, again = digests(tmp_path / "tar"), digests(tmp_path / "back1")
+    assert [n for n in ours if ours[n] != again[n]] == ["manifest.json"], "only source and seed differ"
+    # A .beton alone has neither keys nor class names; --classes brings the names back.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (tmp_path / "beton1" / "set.beton").rename(bare / "a.beton")
+    (tmp_path / "names").write_text("c0\nc1\nc2\n")
+    for given in (bare, bare / "a.beton"):
+        out = tmp_path / f"from {given.name}"
+        run(given, out, classes=tmp_path / "names")
+        assert list(contents(shards.open(out)).values()) == list(
+            contents(shards.open(tmp_path / "tar")).values()
+        )
+
+
+def test_an_unfinished_set_is_no_source(source: Path, tmp_path: Path) -> None:
+    (source / "c2" / "z.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="zero bytes"):
+        run(source, tmp_path / "one")
+    with pytest.raises(FileNotFoundError, match="not a finished shard set"):
+        run(tmp_path / "one", tmp_path / "out")
 
 
 def test_a_class_file_gives_the_order_and_may_name_more(source: Path, tmp_path: Path) -> None:
