@@ -128,9 +128,10 @@ def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
             "loader", "--source", str(source), "--batch", "256", "--threads", threads, "--peer-batches", "0"
         ),
         benchmark("training", "--data", shard_set, "--threads", threads),
+        benchmark("codebook", "--no-tests"),
         *(
             (
-                f"compute-sanitizer {tool}",
+                f"compute-sanitizer {tool} {what}",
                 [
                     "compute-sanitizer",
                     "--tool",
@@ -140,10 +141,14 @@ def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
                     *tests,
                     "-x",
                     "-k",
-                    "corruptions",
+                    chosen,
                 ],
             )
             for tool in ("memcheck", "racecheck")
+            for what, chosen in (
+                ("corruptions", "corruptions"),
+                ("codebook", "codebook_gpu and (hostile or odd_sizes)"),
+            )
         ),
     ]
 

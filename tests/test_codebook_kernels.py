@@ -51,7 +51,8 @@ def check(
 ) -> tuple[int, int]:
     """Compare with the torch search bit for bit; return the candidates measured and the features scanned again."""
     cosine = metric == "cosine"
-    effort_2, usage_K = torch.zeros(2, dtype=torch.int64), torch.zeros(len(codes_KD), dtype=torch.int64)
+    device = z_ND.device
+    effort_2, usage_K = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, len(codes_KD)))
     prepared = shim.prepare(codes_KD, cosine)
     found = shim.search(z_ND, codes_KD, cosine, prepared, True, usage_K, tile, effort_2)
     index_N, sqdist_N = search_in_blocks(z_ND, codes_KD, cosine, 256)

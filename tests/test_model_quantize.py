@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.codebook import quantize, segment_sum, segment_sum_dense
+from model.codebook import nearest_code, quantize, segment_sum, segment_sum_dense
 
 # Shapes: N = features, K = codes, D = feature dimension.
 
@@ -55,6 +55,33 @@ def test_values_and_gradients_equal_float64(metric: str, reduction: str) -> None
     assert codes_KD.grad is not None
     torch.testing.assert_close(z_ND.grad, z64_ND.grad.float(), rtol=1e-6, atol=1e-7)  # type: ignore[union-attr]
     torch.testing.assert_close(codes_KD.grad, codes64_KD.grad.float(), rtol=1e-5, atol=1e-7)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype) -> None:
+    """Against float64 of the same stored values; plain is the same formulas with autograd in float32."""
+    z_ND, codes_KD = _data(3000, 20, 64)
+    z_ND = (z_ND * 3 + 1).to(dtype)
+    index_N = nearest_code(z_ND, codes_KD)[0]
+
+    def plain(precision: torch.dtype) -> list[Tensor]:
+        z, codes = (t.to(precision, copy=True).requires_grad_() for t in (z_ND, codes_KD))
+        code = codes[index_N]
+        vq, commit = (code - z.detach()).square().mean(), (z - code.detach()).square().mean()
+        (vq + 0.25 * commit).backward()
+        assert z.grad is not None
+        assert codes.grad is not None
+        return [vq, commit, z.grad.to(dtype), codes.grad]
+
+    z, codes = z_ND.clone().requires_grad_(), codes_KD.clone().requires_grad_()
+    found = quantize(z, codes)
+    (found.vq_loss + 0.25 * found.commit_loss).backward()
+    assert z.grad is not None
+    assert codes.grad is not None
+    ours = [found.vq_loss, found.commit_loss, z.grad, codes.grad]
+    for a, b, exact in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        rounding = 2.0**-24 * exact.abs().max().double()  # half a unit in the last place of float32
+        assert (a.double() - exact).abs().max() <= 2 * (b.double() - exact).abs().max() + rounding
 
 
 def test_each_loss_moves_only_its_own_side() -> None:
@@ -113,6 +140,9 @@ def test_operators_are_well_formed_and_quantize_compiles_whole() -> None:
     codes_KD.requires_grad_()
     index_N = torch.randint(12, (40,))
     torch.library.opcheck(torch.ops.vqsa.gather_codes.default, (codes_KD, index_N))
+    for metric in ("l2", "cosine"):
+        torch.library.opcheck(torch.ops.vqsa.quantize.default, (z_ND.requires_grad_(), codes_KD, metric, 256))
+    z_ND = z_ND.detach()
     torch.library.opcheck(torch.ops.vqsa.sum_by_code.default, (z_ND, index_N, 12))
 
     def grads(step: object) -> list[Tensor]:

@@ -1,0 +1,280 @@
+"""The codebook search against what others do: time, memory, wrong answers, and the floors beside them.
+
+    python benchmarks/codebook.py --out benchmarks/results/codebook.json       (on a GPU)
+    python benchmarks/codebook.py --tiny                                       (small sizes, any machine)
+
+The tests run first; on red there is no number. Each size is measured in one run: our search and whole forward
+(codebook prepared before, or in the same call), forward + backward; (a) cuBLAS half GEMM with float32 output alone,
+(b) that + argmin, and + gather + losses, (c) float32 and TF32 addmm + argmin, and cdist + argmin, (d)
+vector-quantize-pytorch, (e) faiss-gpu, the last two where installed. A method that runs out of memory says so.
+`wrong` is the share of 512 features whose code is farther than the nearest, by float64.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from benchmarks.environment import environment, percentiles
+from model.codebook import PreparedCodebook, nearest_code, quantize
+from model.codebook.kernels import kernels_for
+
+# Shapes: N = features, K = codes, D = feature dimension.
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [(n, k, 2048) for k in (1000, 10_000, 100_000) for n in (128, 6272, 25_088)]
+SIZES += [(6272, 10_000, d) for d in (512, 768, 1024, 1280)]
+TINY = [(64, 500, 64), (300, 1000, 128)]
+HALF_FLOP_S, FLOAT_FLOP_S, BYTES_S = (
+    790e12,
+    67e12,
+    4.3e12,
+)  # an H200, measured (half, bytes) and by its data sheet
+
+
+class CodebookBenchmark(BaseModel):
+    """Measure the codebook search."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tiny: bool = False
+    """Small sizes, to see that it runs."""
+
+    data: Literal["relu", "gaussian"] = "relu"
+    """Features and codes: rectified Gaussian numbers, as a trunk's, or Gaussian ones."""
+
+    repeats: int = Field(30, ge=3)
+    """Most timed calls of each method; a slow one gets what fits into 2 s, but 3."""
+
+    tests: bool = True
+    """Run the tests of the search first."""
+
+    out: Path | None = None
+    """JSON file for the result."""
+
+
+def floors_us(n: int, k: int, d: int) -> dict[str, float]:
+    """Arithmetic and memory floors on an H200, in microseconds."""
+    flop = 2.0 * n * k * d
+    return {
+        "half_product": round(1e6 * flop / HALF_FLOP_S, 1),
+        "float_product": round(1e6 * flop / FLOAT_FLOP_S, 1),
+        "read_half_codes": round(1e6 * 2 * k * d / BYTES_S, 1),
+        "write_and_read_scores": round(1e6 * 8 * n * k / BYTES_S, 1),
+    }
+
+
+def vectors(kind: str, n: int, k: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    g = torch.Generator(device).manual_seed(n + k + d)
+    z_ND, codes_KD = (torch.randn(rows, d, generator=g, device=device) for rows in (n, k))
+    return (z_ND.relu_(), codes_KD.relu_()) if kind == "relu" else (z_ND, codes_KD)
+
+
+def milliseconds(work: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
+    """Percentiles of the time of a call, by CUDA events where there is a GPU, after a warm-up."""
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(2):
+        finish()
+        began_s = time.perf_counter()
+        work()
+        finish()
+    repeats = max(3, min(repeats, int(2 / (time.perf_counter() - began_s))))
+    for _ in range(repeats // 6):
+        work()
+    times = []
+    if device.type == "cuda":
+        marks = [
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            for _ in range(repeats)
+        ]  # fmt: skip
+        for begin, end in marks:
+            begin.record()
+            work()
+            end.record()
+        torch.cuda.synchronize()
+        times = [begin.elapsed_time(end) for begin, end in marks]
+    else:
+        for _ in range(repeats):
+            began_s = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - began_s))
+    return {name: round(value, 4) for name, value in percentiles(times).items()}
+
+
+def peak_mb(work: Callable[[], object], device: torch.device) -> float | None:
+    """Most device memory that the call took beyond what was there, its outputs included."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def half_product(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
+    """float32 products of half matrices; on a CPU, which has none, of their float32 copies."""
+    if z_ND.is_cuda:
+        return torch.mm(z_ND, codes_KD.T, out_dtype=torch.float32)
+    return z_ND.float() @ codes_KD.float().T
+
+
+def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
+    """Name to call; one whose result starts with an index (N,) of codes is also checked."""
+    half_z_ND, half_codes_KD = z_ND.half(), codes_KD.half()
+    half_square_K = 0.5 * codes_KD.square().sum(1)
+    prepared = PreparedCodebook(codes_KD)
+    z_grad_ND, codes_grad_KD = z_ND.clone().requires_grad_(), codes_KD.clone().requires_grad_()
+
+    def backward() -> None:
+        found = quantize(z_grad_ND, codes_grad_KD)
+        (found.vq_loss + found.commit_loss + found.quantised_ND.sum()).backward()
+        z_grad_ND.grad = codes_grad_KD.grad = None
+
+    def half_argmin() -> Tensor:
+        return (half_square_K - half_product(half_z_ND, half_codes_KD)).argmin(1)
+
+    def half_forward() -> tuple[Tensor, ...]:
+        index_N = half_argmin()
+        code_ND = codes_KD[index_N]
+        return (
+            index_N,
+            z_ND + (code_ND - z_ND),
+            (code_ND - z_ND).square().mean(),
+            (z_ND - code_ND).square().mean(),
+        )
+
+    def float_argmin() -> Tensor:
+        return torch.addmm(half_square_K, z_ND, codes_KD.T, alpha=-1).argmin(1)
+
+    def tf32_argmin() -> Tensor:
+        with tf32():
+            return float_argmin()
+
+    found: dict[str, Callable[[], Any]] = {
+        "ours: search, codebook prepared": lambda: nearest_code(z_ND, codes_KD, prepared=prepared),
+        "ours: forward, codebook prepared": lambda: quantize(z_ND, codes_KD, prepared=prepared)[1:],
+        "ours: forward": lambda: quantize(z_ND, codes_KD)[1:],
+        "ours: forward and backward": backward,
+        "ours: prepare": prepared.refresh,
+        "torch: search (impl='torch')": lambda: nearest_code(z_ND, codes_KD, impl="torch"),
+        "half GEMM": lambda: half_product(half_z_ND, half_codes_KD),
+        "half GEMM + argmin": lambda: (half_argmin(),),
+        "half GEMM + argmin + gather + losses": half_forward,
+        "float32 addmm + argmin": lambda: (float_argmin(),),
+        "TF32 addmm + argmin": lambda: (tf32_argmin(),),
+        "float32 cdist + argmin": lambda: (torch.cdist(z_ND, codes_KD).argmin(1),),
+    }
+    return found | installed_methods(z_ND, codes_KD)
+
+
+def installed_methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
+    found: dict[str, Callable[[], Any]] = {}
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ImportError:
+        print("vector-quantize-pytorch is not installed: not measured")
+    else:
+        layer = (
+            VectorQuantize(dim=z_ND.shape[1], codebook_size=len(codes_KD), decay=0.99).to(z_ND.device).eval()
+        )
+        layer.codebook = codes_KD
+        found["vector-quantize-pytorch"] = lambda: (layer(z_ND[None])[1][0],)
+    try:
+        import faiss
+        import faiss.contrib.torch_utils
+    except ImportError:
+        print("faiss is not installed: not measured")
+    else:
+        if z_ND.is_cuda and hasattr(faiss, "StandardGpuResources"):
+            flat = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), z_ND.shape[1])
+            flat.add(codes_KD)
+            found["faiss-gpu flat L2"] = lambda: (flat.search(z_ND, 1)[1][:, 0],)
+    return found
+
+
+def wrong_pct(index_N: Tensor, z_ND: Tensor, codes_KD: Tensor) -> float:
+    """Percentage of (the first 512) features whose code is farther than the nearest one."""
+    z_ND, index_N = z_ND[:512].double(), index_N[:512]
+    exact_N = nearest_code(z_ND.float(), codes_KD, impl="torch")[0]
+    found_N, least_N = ((z_ND - codes_KD[i].double()).square().sum(1) for i in (index_N, exact_N))
+    return round(100 * (found_N > least_N * (1 + 1e-12)).double().mean().item(), 3)
+
+
+def measure(command: CodebookBenchmark, n: int, k: int, d: int, device: torch.device) -> dict[str, Any]:
+    z_ND, codes_KD = vectors(command.data, n, k, d, device)
+    rows: dict[str, Any] = {}
+    for name, work in methods(z_ND, codes_KD).items():
+        try:
+            result = work()
+            row: dict[str, Any] = {
+                "ms": milliseconds(work, command.repeats, device),
+                "peak_mb": peak_mb(work, device),
+            }
+            if isinstance(result, tuple) and result[0].dtype in (torch.int64, torch.int32):
+                row["wrong_pct"] = wrong_pct(result[0], z_ND, codes_KD)
+        except torch.OutOfMemoryError as error:
+            row = {"failed": f"out of memory: {error}"[:120]}
+        rows[name] = row
+        print(f"  {name:40s} {row}", flush=True)
+    effort = {}
+    fused = kernels_for(z_ND, "auto")
+    if fused is not None:
+        effort_2 = torch.zeros(2, dtype=torch.int64, device=device)
+        fused.search(z_ND, codes_KD, False, fused.prepare(codes_KD, False), effort_2=effort_2)
+        candidates, scanned = effort_2.tolist()
+        effort = {
+            "candidates_per_feature": round(candidates / n, 3),
+            "scanned_again_pct": round(100 * scanned / n, 3),
+        }
+        print(f"  {effort}")
+    return {"n": n, "k": k, "d": d, "floors_us_h200": floors_us(n, k, d), "effort": effort, "methods": rows}
+
+
+def main() -> None:
+    """Run the tests, then the benchmark."""
+    command = tyro.cli(CodebookBenchmark, description=CodebookBenchmark.__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if command.tests:
+        chosen = ["tests/test_model_search.py", "tests/test_model_quantize.py", "tests/test_codebook_gpu.py"]
+        marks = ["-m", "gpu"] if device.type == "cuda" else ["-m", "not gpu and not slow"]
+        code = subprocess.run([sys.executable, "-m", "pytest", "-q", *chosen, *marks], cwd=ROOT).returncode
+        if code:
+            sys.exit(f"no benchmark: the tests of the search failed (pytest exit code {code})")
+    sizes = []
+    for n, k, d in TINY if command.tiny else SIZES:
+        print(f"N {n}, K {k}, D {d}: floors on an H200 in µs {floors_us(n, k, d)}", flush=True)
+        sizes.append(measure(command, n, k, d, device))
+        if command.out:
+            record = {**environment(), "data": command.data, "repeats": command.repeats, "sizes": sizes}
+            command.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The fused codebook search on a GPU: exact there too, on any stream, captured in a graph, within its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.codebook import PreparedCodebook, kernels, nearest_code, quantize
+from model.codebook.kernels import Kernels
+from model.codebook.search import search_in_blocks
+from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
+from tests.test_codebook_kernels import TILES, assert_accumulation_within_rate, check
+
+pytestmark = pytest.mark.gpu
+
+# Shapes: N = features, K = codes, D = feature dimension.
+
+
+@pytest.fixture(scope="module")
+def built() -> Kernels:
+    found = kernels.kernels()
+    assert found is not None, "built without nvcc: reinstall vqsa where nvcc is found"
+    return found
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(case: Case, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    z_ND, codes_KD = data(case, n, k, d)
+    return z_ND.cuda(), codes_KD.cuda()
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("tile", TILES)
+def test_exact_on_hostile_data(built: Kernels, case: Case, metric: str, tile: str) -> None:
+    z_ND, codes_KD = data(case, 163, 1301, 130)
+    cosine = metric == "cosine"
+    expected = search_in_blocks(z_ND, codes_KD, cosine, 256)
+    z_ND, codes_KD = z_ND.cuda(), codes_KD.cuda()
+    found = built.search(z_ND, codes_KD, cosine, built.prepare(codes_KD, cosine), tile=TILES[tile])
+    assert torch.equal(found.index_N.cpu(), expected[0])
+    assert torch.equal(found.sqdist_N.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("case", [*CASES[:8], all_equal], ids=[*NAMES[:8], "all_equal"])
+@pytest.mark.parametrize(("n", "k", "d"), [(128, 100_000, 512), (6272, 10_000, 2048), (25_088, 1000, 768)])
+def test_exact_at_the_sizes_that_matter(built: Kernels, case: Case, n: int, k: int, d: int) -> None:
+    z_ND, codes_KD = on_gpu(case, n, k, d)
+    found = quantize(z_ND, codes_KD)
+    some_N = torch.arange(0, n, max(1, n // 256), device="cuda")
+    index_N, sqdist_N = nearest_code(z_ND[some_N], codes_KD, impl="torch", memory_mib=4096)
+    assert torch.equal(found.index_N[some_N], index_N)
+    assert torch.equal(found.sqdist_N[some_N], sqdist_N)
+    assert torch.equal(found.quantised_ND, codes_KD[found.index_N])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d"), [(0, 5, 7), (1, 1, 1), (1, 777, 63), (333, 3, 1025)])
+def test_dtypes_and_odd_sizes(built: Kernels, dtype: torch.dtype, n: int, k: int, d: int) -> None:
+    z_ND, codes_KD = on_gpu(relu, n, k, d)
+    check(built, z_ND.to(dtype), codes_KD)
+    check(built, z_ND, codes_KD.to(dtype), "cosine")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_flagged(bad: float) -> None:
+    z_ND, codes_KD = on_gpu(CASES[0], 300, 500, 64)
+    expected_N = nearest_code(z_ND, codes_KD)[0]
+    z_ND[7, 3] = bad
+    found = quantize(z_ND, codes_KD)
+    expected_N[7] = -1
+    assert torch.equal(found.index_N, expected_N)
+    assert not found.vq_loss.isfinite()
+    codes_KD[5, 5] = bad
+    assert (nearest_code(z_ND, codes_KD)[0] == -1).all()
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("signs", ["random", "positive"])
+def test_accumulation_of_this_gpu_stays_within_its_rate(built: Kernels, tile: str, signs: str) -> None:
+    dims = (64, 512, 2048, 8192)
+    assert_accumulation_within_rate(built, TILES[tile], signs, torch.device("cuda"), 256, 1024, dims)
+
+
+def test_no_call_waits_for_the_device(no_waiting: None) -> None:
+    z_ND, codes_KD = (t.requires_grad_() for t in on_gpu(near_duplicates, 500, 2000, 256))
+    prepared = PreparedCodebook(codes_KD)
+    for _ in range(2):
+        found = quantize(z_ND, codes_KD, prepared=prepared)
+        (found.vq_loss + found.commit_loss + found.quantised_ND.sum()).backward()
+
+
+@pytest.mark.parametrize("case", [relu, collapsed])
+def test_runs_in_a_cuda_graph_on_another_stream(case: Case) -> None:
+    z_ND, codes_KD = on_gpu(case, 500, 2000, 256)
+    other_ND = z_ND.flip(0).contiguous()
+    expected = [quantize(z_ND, codes_KD), quantize(other_ND, codes_KD)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(quantize(z_ND, codes_KD).index_N, expected[0].index_N)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    still_ND = z_ND.clone()
+    with torch.cuda.graph(graph):
+        found = quantize(still_ND, codes_KD)
+    for features_ND, right in zip((z_ND, other_ND, z_ND), [*expected, expected[0]], strict=True):
+        still_ND.copy_(features_ND)
+        graph.replay()
+        for a, b in zip(found, right, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 100_000), (6272, 10_000), (25_088, 10_000)])
+def test_memory_beyond_outputs_and_prepared_codebook(built: Kernels, n: int, k: int) -> None:
+    d = 2048
+    z_ND, codes_KD = torch.rand(n, d, device="cuda"), torch.rand(k, d, device="cuda")
+    quantize(z_ND, codes_KD)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    quantize(z_ND, codes_KD)
+    outputs = n * (4 * d + 8 + 4 + 8)
+    taken = torch.cuda.max_memory_allocated() - before - outputs - built.prepared_bytes(k, d, False)
+    assert taken <= 64_000_000
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_losses_and_gradients_are_as_good_as_plain_pytorch(metric: str) -> None:
+    """Error against float64 at most twice that of the same formulas in float32 torch."""
+    z_ND, codes_KD = on_gpu(relu, 3000, 200, 512)
+    index_N = nearest_code(z_ND, codes_KD, metric, impl="torch")[0]  # type: ignore[arg-type]
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        z, codes = (t.to(dtype, copy=True).requires_grad_() for t in (z_ND, codes_KD))
+        code = codes[index_N]
+        vq, commit = (code - z.detach()).square().mean(), (z - code.detach()).square().mean()
+        (vq + 0.25 * commit).backward()
+        return [vq, commit, z.grad, codes.grad]
+
+    z, codes = (t.detach().clone().requires_grad_() for t in (z_ND, codes_KD))
+    found = quantize(z, codes, metric)  # type: ignore[arg-type]
+    (found.vq_loss + 0.25 * found.commit_loss).backward()
+    ours = [found.vq_loss, found.commit_loss, z.grad, codes.grad]
+    for a, b, exact in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        spacing = 2.0**-24 * exact.abs().max()  # half a unit in the last place: no float32 answer is nearer
+        assert (a - exact).abs().max() <= 2 * (b - exact).abs().max() + spacing
+
+
+def test_operators_are_well_formed_and_compile_whole_on_cuda() -> None:
+    z_ND, codes_KD = on_gpu(relu, 40, 60, 32)
+    torch.library.opcheck(torch.ops.vqsa.nearest_code.default, (z_ND, codes_KD, "l2", 256))
+    z_ND.requires_grad_()
+    codes_KD.requires_grad_()
+    torch.library.opcheck(torch.ops.vqsa.quantize.default, (z_ND, codes_KD, "cosine", 256))
+    compiled = torch.compile(quantize, fullgraph=True)
+    for a, b in zip(compiled(z_ND, codes_KD), quantize(z_ND, codes_KD), strict=True):
+        torch.testing.assert_close(a, b)
