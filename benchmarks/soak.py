@@ -97,7 +97,7 @@ def soak(command: Soak, folder: Path) -> dict[str, object]:
         "--val-every",
         "500",
     ]
-    arguments += ["--images-every", "500", "--optim.ema-decay", "0.999", "--optim.lr", "1e-4"]
+    arguments += ["--images-every", "200", "--optim.ema-decay", "0.999", "--optim.lr", "1e-4"]
     arguments += ["--pipeline.mixup", "0.2", "--pipeline.cutmix", "1.0", "--checkpoint-async"]
     log = (folder / "log").open("w")
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=log, stderr=log)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -74,10 +73,8 @@ class Trackers:
             for kind, severity in zip(batch.kind.tolist(), batch.severity.tolist(), strict=True)
         ][:_PICTURES]
         for tracker in self._accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                self._try(
-                    partial(tracker.log_images, {"batch": np.ascontiguousarray(pictures_u8)}, step=step)
-                )
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            self._try(partial(tracker.log_images, {"batch": pictures_u8}, step=step, **layout))
         self._try(lambda: self._accelerator.log({"batch_corruptions": ", ".join(names)}, step=step))
 
     def code_usage(self, usage_K: Tensor | None, step: int) -> None:
