@@ -13,12 +13,14 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_seed
+from pydantic import Field
 from tqdm import tqdm
 
 import model
 import shards
 from pipeline.joined import join
 from pipeline.loader import TrainingBatch, TrainingLoader
+from tools.profiling.attached import StepProfile
 from tools.runtime import checkpoint
 from tools.runtime.audit import Audit
 from tools.runtime.codebook import codebook_metrics, start_codebook
@@ -54,10 +56,13 @@ class TrainCommand(RunConfig):
     dry_run: bool = False
     """Check everything, print the resolved configuration and the length of the run, and stop."""
 
+    profile: int = Field(0, ge=0)
+    """Time the pieces of so many steps, after the first three, print them and write profile.json."""
+
 
 def train(command: TrainCommand) -> int:
     """Run or continue a training; returns the exit code."""
-    settings = command.model_dump(exclude={"recipe", "resume", "dry_run"})
+    settings = command.model_dump(exclude={"recipe", "resume", "dry_run", "profile"})
     config = validated(RunConfig, settings, "command line")
     store = join([shards.open(path) for path in (config.data, *config.extra)])
     val_store = shards.open(config.val) if config.val is not None else None
@@ -148,6 +153,7 @@ def train(command: TrainCommand) -> int:
             write_status(config.out, {"exit_code": code, "step": progress.step, "total": total, "why": why})
         return code
 
+    profile = StepProfile(net, optimizer, loader, steps=command.profile) if command.profile else None
     shown: list[TrainingBatch] = []
 
     def note(batch: TrainingBatch) -> None:
@@ -198,6 +204,13 @@ def train(command: TrainCommand) -> int:
                     note=note,
                     guard=guard,
                 )
+                if profile is not None and profile.step():
+                    say(
+                        profile.report(
+                            config.pipeline.batch_global, config.out / "profile.json" if main else None
+                        )
+                    )
+                    profile = None
                 progress.step += 1
                 step, done = progress.step, progress.step == total
                 bar.update()

@@ -1,0 +1,295 @@
+"""Times the stages of the DALI graph: each alone on data that is there already, and one after another.
+
+Alone means: a graph of this one stage, with the threads of the run, fed the same batch again and again (the
+loader's own output of the stage before). Combined means: the run's graph cut off after a stage.
+On a GPU the stages alone are differences between graphs cut off later and earlier, since feeding them would
+add copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline, types
+from PIL import Image
+
+from pipeline import graph
+from pipeline.config import PipelineConfig
+from pipeline.corruptions import dali_operator, kind_id
+from pipeline.readahead import ReadBatch
+from tools.profiling.clock import Probe
+from tools.profiling.table import Spread, Stage
+
+fn = graph.fn
+
+STAGES = ("feed", "decode", "resize + flip", "corrupt", "normalise")
+SMALL_SIDE = 256  # shorter side that ImageNet is often stored at
+DECODE_SMALL = f"decode, stored at {SMALL_SIDE} px"
+_SEVERITY = 3  # of single kinds: the middle
+
+
+class Cut:
+    """A DALI pipeline that runs one batch a call, and nothing ahead of it.
+
+    Args:
+        build: makes the outputs inside the pipeline from the fed inputs.
+        inputs: what is fed: lists of arrays or (B, ...) arrays.
+        kinds: (DALI type, dimensions of a sample) of each input.
+        batch: samples.
+        threads: DALI's.
+        device_id: CUDA device, or None for the CPU.
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., Sequence[Any]],
+        inputs: Sequence[Any],
+        kinds: Sequence[tuple[Any, int]],
+        *,
+        batch: int,
+        threads: int,
+        device_id: int | None,
+    ) -> None:
+        self.inputs = list(inputs)
+        self._batch = batch
+        # A list, not self: a source that knew the pipeline would keep its threads alive for ever.
+        fed = self.inputs
+        self._pipe: Any = Pipeline(
+            batch_size=batch,
+            num_threads=threads,
+            device_id=device_id,
+            prefetch_queue_depth=1,
+            exec_async=False,
+            exec_pipelined=False,
+        )
+        dtypes, ndims = (list(column) for column in zip(*kinds, strict=True))
+        with self._pipe:
+            nodes = fn.external_source(
+                source=lambda: tuple(fed),
+                num_outputs=len(fed),
+                batch=True,
+                no_copy=True,
+                dtype=dtypes,
+                ndim=ndims,
+            )
+            self._pipe.set_outputs(*build(*nodes))
+        self._pipe.build()
+
+    def run(self) -> Any:
+        """Run the batch and return DALI's outputs."""
+        return self._pipe.run()
+
+    def step(self) -> int:
+        """Run the batch and return its images."""
+        self._pipe.run()
+        return self._batch
+
+    def arrays(self) -> list[np.ndarray[Any, Any]]:
+        """Run the batch and return copies of the first output, image by image."""
+        (out, *_) = self.run()
+        out = out.as_cpu() if hasattr(out, "as_cpu") else out
+        return [np.array(out.at(i)) for i in range(self._batch)]
+
+    def close(self) -> None:
+        """Let the pipeline go."""
+        self._pipe = None
+
+
+class GraphStages:
+    """The graph's stages over one batch.
+
+    Args:
+        config: the run's data settings.
+        read: a batch with its plan.
+        device_id: CUDA device, or None for the CPU.
+    """
+
+    def __init__(self, config: PipelineConfig, read: ReadBatch, device_id: int | None) -> None:
+        dali_operator.load()
+        self._config = config
+        self._device_id = device_id
+        self._gpu = device_id is not None
+        self._batch = len(read.data)
+        self._plan = read.plan
+        # AugMix works on grey levels after the graph, and normalises itself.
+        self._names = STAGES[:-1] if config.augmix else STAGES
+        self._fed = graph.feed(read.data, read.plan, training=True)
+        self._cuts: list[Cut] = []
+
+    def _cut(
+        self, build: Callable[..., Sequence[Any]], inputs: Sequence[Any], kinds: Sequence[tuple[Any, int]]
+    ) -> Cut:
+        cut = Cut(
+            build,
+            inputs,
+            kinds,
+            batch=self._batch,
+            threads=self._config.threads,
+            device_id=self._device_id,
+        )
+        self._cuts.append(cut)
+        return cut
+
+    def until(self, last: str) -> Cut:
+        """Return the run's graph, cut off after a stage."""
+        config, device = self._config, "gpu" if self._gpu else "cpu"
+        depth = STAGES.index(last)
+
+        def build(*fed: Any) -> Any:
+            if depth == 0:
+                return fed
+            jpeg, anchor, window = fed[:3]
+            image = graph.decode(config, jpeg, anchor, window, device)
+            if depth == 1:
+                return [image]
+            size, flip = fed[3:5]
+            image = clean = fn.flip(graph.resize(image, size), horizontal=flip)
+            if depth >= 3:
+                image = graph.corrupt(config, image, *fed[5:])
+            if depth <= 3:
+                return [image]
+            return [graph.normalise(config, view) for view in ([image, clean] if config.paired else [image])]
+
+        # Of what the source hands over; the encoded bytes are not copied, so feeding them costs nothing.
+        used = slice(1, 8) if depth == 0 else slice((0, 3, 5, 8, 8)[depth])
+        return self._cut(build, self._fed[used], graph.TRAINING_INPUTS[used])
+
+    def alone(self) -> list[Probe]:
+        """Return a probe for each stage alone, and for each corruption kind (CPU)."""
+        config, plan = self._config, self._plan
+        windows = self.until("decode").arrays()
+        crops_u8_BHWC = np.stack(self.until("resize + flip").arrays())
+        pixels, whole, label = (types.UINT8, 3), (types.INT32, 0), (types.INT64, 0)
+        key = plan.key_B.view(np.int64)
+        planned = (crops_u8_BHWC, plan.kind_B, plan.severity_B, key)
+
+        def corrupted(image: Any, kind: Any, severity: Any, key: Any) -> Any:
+            return [graph.corrupt(config, image, kind, severity, key)]
+
+        corrupt = [pixels, whole, whole, label]
+        probes = [
+            Probe("feed", self.until("feed").step),
+            Probe("decode", self.until("decode").step),
+            Probe(
+                "resize + flip",
+                self._cut(
+                    lambda image, size, flip: [fn.flip(graph.resize(image, size), horizontal=flip)],
+                    (windows, self._fed[3], plan.flip_B),
+                    [pixels, (types.FLOAT, 1), whole],
+                ).step,
+            ),
+            Probe("corrupt", self._cut(corrupted, planned, corrupt).step),
+        ]
+        if "normalise" in self._names:
+            normalised = self._cut(
+                lambda image: [graph.normalise(config, image) for _ in range(1 + config.paired)],
+                (crops_u8_BHWC,),
+                [pixels],
+            )
+            probes.append(Probe("normalise", normalised.step))
+        if config.kinds:
+            probes += self._kinds(crops_u8_BHWC, key, self._cut(corrupted, planned, corrupt))
+        return probes
+
+    def _kinds(self, crops_u8_BHWC: Any, key: Any, cut: Cut) -> list[Probe]:
+        def step(kind: str) -> int:
+            same = np.ones(self._batch, np.int32)
+            cut.inputs[:] = [crops_u8_BHWC, same * kind_id(kind), same * _SEVERITY, key]
+            return cut.step()
+
+        return [Probe(f"corrupt: {kind}", lambda kind=kind: step(kind)) for kind in self._config.kinds]  # type: ignore[misc]
+
+    def combined(self) -> list[Probe]:
+        """Return a probe for the graph cut off after each stage."""
+        return [Probe(f"up to {name}", self.until(name).step) for name in self._names[1:]]
+
+    def decode_of(self, read: ReadBatch, name: str) -> Probe:
+        """Return a probe of decoding another batch of as many images."""
+        other = GraphStages(self._config, read, self._device_id)
+        cut = other.until("decode")
+        self._cuts.append(cut)
+        return Probe(name, cut.step)
+
+    def close(self) -> None:
+        """Let all pipelines go."""
+        for cut in self._cuts:
+            cut.close()
+
+
+def stages(measured: dict[str, Probe], gpu: bool) -> list[Stage]:
+    """Return the stages of the graph's lane, the single kinds, and the combinations."""
+    names = [name for name in STAGES if f"up to {name}" in measured]
+    combined = [f"up to {name}" for name in names]
+    found: list[Stage] = []
+    if gpu:
+        before = measured["feed"].wall()
+        found.append(Stage(name="feed", lane="graph", wall_s=before, cpu_s=measured["feed"].cpu()))
+        before_cpu = measured["feed"].cpu()
+        for name, cut in zip(names, combined, strict=True):
+            wall, cpu = measured[cut].wall(), measured[cut].cpu()
+            time_s, cpu_s = _difference(wall, before), _difference(cpu, before_cpu)
+            note = "difference of two graphs"
+            found.append(
+                Stage(name=name, lane="graph", wall_s=time_s, cpu_s=cpu_s, device_s=time_s, note=note)
+            )
+            before, before_cpu = wall, cpu
+    else:
+        found = [
+            Stage(name=name, lane="graph", wall_s=measured[name].wall(), cpu_s=measured[name].cpu())
+            for name in ("feed", *names)
+        ]
+    for name, probe in measured.items():
+        if name == DECODE_SMALL:
+            wall, cpu = probe.wall(), probe.cpu()
+            if gpu:
+                wall, cpu = (
+                    _difference(wall, measured["feed"].wall()),
+                    _difference(cpu, measured["feed"].cpu()),
+                )
+            note = "the same windows of images stored smaller"
+            found.append(Stage(name=name, lane="shown", wall_s=wall, cpu_s=cpu, note=note))
+        if name.startswith("corrupt: "):
+            note = f"all images, severity {_SEVERITY}"
+            found.append(Stage(name=name, lane="shown", wall_s=probe.wall(), cpu_s=probe.cpu(), note=note))
+    found += [
+        Stage(
+            name=name, lane="shown", wall_s=measured[name].wall(), cpu_s=measured[name].cpu(), note="combined"
+        )
+        for name in combined
+    ]
+    return found
+
+
+def _difference(later: Spread, earlier: Spread) -> Spread:
+    """Return later - earlier, at least zero; the ends of the spread are the worst cases."""
+    return Spread(
+        p20=max(0.0, later.p20 - earlier.p80),
+        p50=max(0.0, later.p50 - earlier.p50),
+        p80=max(0.0, later.p80 - earlier.p20),
+    )
+
+
+def stored_smaller(read: ReadBatch, side: int) -> ReadBatch:
+    """Return the batch as if its images had been stored with a shorter side of at most `side` pixels.
+
+    JPEG quality 90, Pillow's default chroma subsampling; the windows cover the same part of each image.
+    """
+    data, anchor_B2, window_B2 = [], read.plan.anchor_B2.copy(), read.plan.window_B2.copy()
+    for i, encoded in enumerate(read.data):
+        image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+        scale = min(1.0, side / min(image.size))
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        if scale < 1:
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=90)
+        data.append(np.frombuffer(out.getvalue(), np.uint8))
+        limit = np.array([height, width])
+        anchor_B2[i] = np.minimum((anchor_B2[i] * scale).astype(np.int32), limit - 1)
+        window_B2[i] = np.clip((window_B2[i] * scale).astype(np.int32), 1, limit - anchor_B2[i])
+    plan = dataclasses.replace(read.plan, anchor_B2=anchor_B2, window_B2=window_B2)
+    return dataclasses.replace(read, data=data, plan=plan)

@@ -1,0 +1,88 @@
+"""From stage times to a rate, and to the stage that limits it. Pure arithmetic.
+
+Reader threads, DALI's threads and the training loop work side by side, each on another batch: three lanes.
+Within a lane stages follow one another. So the time of one image is that of the slowest lane, unless what the
+lanes share is full before: the CPU cores (all stages' CPU time over the cores), or the GPU (all stages' GPU time).
+
+    seconds per image = max(lane read, lane graph, lane model, CPU seconds / cores, GPU seconds)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tools.profiling.table import LANE_WORDS, Limit, Stage
+
+CORES, GPU = "the CPU cores", "the GPU"
+
+
+def loads(stages: Sequence[Stage], cores: float) -> dict[str, float]:
+    """Return the seconds per image that each lane and each shared resource needs, by its words."""
+    counted = [stage for stage in stages if stage.counts]
+    result = {
+        words: sum(stage.wall_s.p50 for stage in counted if stage.lane == lane and stage.wall_s is not None)
+        for lane, words in LANE_WORDS.items()
+    }
+    result[CORES] = sum(stage.cpu_s.p50 for stage in counted if stage.cpu_s is not None) / cores
+    result[GPU] = sum(stage.device_s.p50 for stage in counted if stage.device_s is not None)
+    return result
+
+
+def predicted_img_s(stages: Sequence[Stage], cores: float, ranks: int = 1) -> float:
+    """Return images per second of all processes together; infinite for stages that cost nothing."""
+    longest_s = max(loads(stages, cores).values())
+    return ranks / longest_s if longest_s > 0 else float("inf")
+
+
+def share_s(stage: Stage, binding: str, cores: float) -> float:
+    """Return what a stage adds to one of the `loads`, in seconds per image."""
+    if not stage.counts or stage.wall_s is None:
+        return 0.0
+    if binding == CORES:
+        return stage.cpu_s.p50 / cores if stage.cpu_s is not None else 0.0
+    if binding == GPU:
+        return stage.device_s.p50 if stage.device_s is not None else 0.0
+    return stage.wall_s.p50 if LANE_WORDS.get(stage.lane) == binding else 0.0
+
+
+def limit(stages: Sequence[Stage], cores: float, ranks: int = 1) -> Limit | None:
+    """Return the limiting stage: the one without which the run would be fastest; None if nothing costs anything.
+
+    Where two lanes are equally slow no single stage helps; then it is the largest of a slowest lane.
+    """
+    all_loads = loads(stages, cores)
+    binding = max(all_loads, key=all_loads.__getitem__)
+    if all_loads[binding] <= 0:
+        return None
+    now = predicted_img_s(stages, cores, ranks)
+
+    def without(stage: Stage) -> float:
+        return predicted_img_s([other for other in stages if other is not stage], cores, ranks)
+
+    chosen = max(
+        (stage for stage in stages if stage.counts),
+        key=lambda stage: (without(stage), share_s(stage, binding, cores)),
+    )
+    return Limit(
+        stage=chosen.name,
+        lane=chosen.lane,
+        rate_img_s=now,
+        rate_if_free_img_s=without(chosen),
+        binding=binding,
+    )
+
+
+def limits(stages: Sequence[Stage], cores: float, ranks: int = 1, count: int = 3) -> list[Limit]:
+    """Return the limiting stage, the one that limits once it is free, and so on; `count` at most."""
+    left = list(stages)
+    found: list[Limit] = []
+    while len(found) < count:
+        one = limit(left, cores, ranks)
+        if one is None or one.rate_if_free_img_s == float("inf"):
+            # Nothing would be left: JSON has no infinity, and no one could train so fast.
+            if one is not None and not found:
+                found.append(one.model_copy(update={"rate_if_free_img_s": one.rate_img_s}))
+            break
+        found.append(one)
+        left = [stage for stage in left if stage.name != one.stage]
+    return found
