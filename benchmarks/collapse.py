@@ -92,7 +92,7 @@ class CollapseBenchmark(BaseModel):
     """Only these (names as in the table, or "best" for recipes/best.toml); unset: all."""
 
     out: Path | None = None
-    """JSON file for the result."""
+    """JSON file for the result. Variants that it has from the same settings are not run again."""
 
 
 def variants(command: CollapseBenchmark) -> dict[str, dict[str, Any]]:
@@ -197,21 +197,24 @@ def table(results: dict[str, dict[str, Any]], steps: list[int]) -> str:
 def main() -> None:
     """Run the benchmark and print a table."""
     command = tyro.cli(CollapseBenchmark, description=__doc__)
-    results: dict[str, dict[str, Any]] = {}
-    last = command.steps // command.every * command.every
-    steps = sorted(
-        {command.every, *(last * k // 4 // command.every * command.every for k in (1, 2, 3, 4))} - {0}
-    )
+    settings = command.model_dump(mode="json", exclude={"data", "val", "out", "variants"})
+    before = json.loads(command.out.read_text()) if command.out and command.out.is_file() else {}
+    results: dict[str, dict[str, Any]] = before["variants"] if before.get("settings") == settings else {}
     for name, choices in variants(command).items():
+        if results.get(name, {}).get("settings") == choices:
+            continue
         print(name, flush=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that U(0, 3) with l2 is unwise is the point here
-            results[name] = train(command, choices)
+            results[name] = {**environment(), **train(command, choices)}
         if command.out:
-            settings = command.model_dump(mode="json", exclude={"out", "variants"})
-            record = {**environment(), "settings": settings, "variants": results}
-            command.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(results, steps))
+            command.out.write_text(json.dumps({"settings": settings, "variants": results}, indent=1) + "\n")
+    last = command.steps // command.every
+    print(
+        table(
+            results, sorted({command.every, *(command.every * (last * k // 4) for k in (1, 2, 3, 4))} - {0})
+        )
+    )
 
 
 if __name__ == "__main__":

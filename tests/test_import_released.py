@@ -15,7 +15,7 @@ from torch import Tensor
 
 import model
 from model import ModelConfig
-from model.released import from_released
+from model.released import from_released, to_released
 from tools.import_released import ImportCommand, export_released, import_released
 from tools.runtime import checkpoint
 
@@ -179,6 +179,21 @@ def test_bad_requests(published: Path, tmp_path: Path) -> None:
 class _Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("exploded"),))
+
+
+def test_what_their_network_has_and_what_it_has_not() -> None:
+    kept_up = ModelConfig(trunk="resnet10", codes=4, ema=0.9, revive_after=3, init="normal")
+    net = model.build(kept_up, 3)
+    theirs = to_released(net.state_dict(), kept_up)
+    assert torch.equal(theirs["codebook.embeddings.weight"], net.codebook.codes)  # type: ignore[union-attr]
+    assert not any("upkeep" in name for name in theirs)
+    for choices, match in (
+        ({"top_k": 2}, "top_k 2, centre False, so it has no form there"),
+        ({"metric": "cosine", "centre": True}, "centre True, so it has no form there"),
+        ({"trunk": "timm:test_resnet"}, "a torchvision trunk; this model's is 'timm:test_resnet'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            to_released({}, ModelConfig(**({"codes": 4} | choices)))  # type: ignore[arg-type]
 
 
 def test_a_strangers_file_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

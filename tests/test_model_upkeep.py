@@ -79,9 +79,12 @@ def test_moving_average_is_the_fields_formula() -> None:
             sums[code] = decay * sums[code] + (1 - decay) * mine.sum(0)
         smoothed = (numbers + epsilon) / (numbers.sum() + codes * epsilon) * numbers.sum()
         torch.testing.assert_close(book.codes.double(), sums / smoothed[:, None], rtol=1e-5, atol=1e-6)
-    out = book(_features().requires_grad_())
-    assert not out.vq_loss.requires_grad
-    assert out.commit_loss.requires_grad
+    z_ND = _features().requires_grad_()
+    out = book(z_ND)
+    (out.vq_loss + out.commit_loss).backward()
+    assert book.codes.grad is None
+    assert z_ND.grad is not None
+    torch.testing.assert_close(z_ND.grad, 2 * (z_ND - out.quantised_ND).detach() / z_ND.numel())
 
 
 def test_unused_codes_come_back_as_features_of_the_batch() -> None:

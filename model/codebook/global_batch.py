@@ -80,18 +80,22 @@ class GlobalBatch:
         Features with a negative index, or that are not finite, are left out.
         """
         index_N = torch.where(self.finite_N, index_N, -1)
-        z_ND = torch.where(self.finite_N[:, None], self.z_ND, 0.0)
-        most = self.reduced(z_ND.abs().amax(), "max")
+        dim = self.z_ND.shape[1]
+        blocks = [slice(start, start + _COLUMNS) for start in range(0, dim, _COLUMNS)]
+        most = torch.stack([self._finite(columns).abs().amax() for columns in blocks]).amax()
         bits = (self.total - 1).bit_length()
         # |z| < 2^exponent, so a sum of `total` of them is below 2^(exponent + bits) = 2^52 steps.
-        step = torch.ldexp(torch.ones_like(most, dtype=torch.float64), torch.frexp(most)[1] + bits - 52)
-        sum_KD = torch.zeros(codes, z_ND.shape[1], dtype=torch.float64, device=z_ND.device)
-        for start in range(0, z_ND.shape[1], _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
-            grid_NC = (z_ND[:, columns].double() / step).round_()
-            touched_T, sum_TC = segment_sum(grid_NC, index_N, codes)
+        exponent = torch.frexp(self.reduced(most, "max"))[1] + bits - 52
+        step = torch.ldexp(torch.ones_like(most, dtype=torch.float64), exponent)
+        sum_KD = torch.zeros(codes, dim, dtype=torch.float64, device=most.device)
+        for columns in blocks:
+            touched_T, sum_TC = segment_sum((self._finite(columns).double() / step).round_(), index_N, codes)
             sum_KD[touched_T, columns] = sum_TC
         return self.reduced(sum_KD).mul_(step)
+
+    def _finite(self, columns: slice) -> Tensor:
+        """Some dimensions of the features; zero for a feature that is not finite."""
+        return torch.where(self.finite_N[:, None], self.z_ND[:, columns], 0.0)
 
     def mean(self) -> Tensor:
         """Mean of the finite features of all ranks, float64 (D,); zero where there are none."""
