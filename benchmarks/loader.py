@@ -2,9 +2,10 @@
 
     python benchmarks/loader.py --source FOLDER_OF_CLASS_FOLDERS [--out result.json]
 
-The peer is a PyTorch DataLoader with torchvision's RandomResizedCrop and PyPI `imagecorruptions`, on as many
-workers as the loader has threads, over the same photographs in the same run. On the CPU rates are also given
-per second of process CPU time, which a busy machine disturbs less.
+Two peers run over the same photographs in the same run: a PyTorch DataLoader with torchvision's RandomResizedCrop and
+PyPI `imagecorruptions`, on as many workers as the loader has threads; and a DALI pipeline of DALI's own operators
+(readers.webdataset, random crop, resize, flip, normalise) without corruptions. Ratios to both are printed and stored.
+On the CPU rates are also given per second of process CPU time, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torchvision import transforms
@@ -31,6 +33,8 @@ from pipeline.config import PipelineConfig
 from pipeline.corruptions import TRAINING_KINDS, available_kinds
 from pipeline.loader import TrainingLoader
 from shards.build import BuildOptions, build
+
+_NATIVE, _AUTHORS = "DALI's own reader, clean", "DataLoader + torchvision + imagecorruptions"
 
 
 class LoaderBenchmark(BaseModel):
@@ -93,6 +97,47 @@ def _loader_row(
         loader.close()
 
 
+def _native_row(shard_set: Path, command: LoaderBenchmark, device_id: int | None) -> dict[str, Any]:
+    """DALI alone: its reader, its random numbers, no corruptions and nothing of ours."""
+    tars = sorted(shard_set.glob("*.tar"))
+    place = "cpu" if device_id is None else "gpu"
+    pipe = Pipeline(batch_size=command.batch, num_threads=command.threads, device_id=device_id, seed=0)
+    with pipe:
+        jpeg, label = fn.readers.webdataset(
+            paths=[str(tar) for tar in tars],
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            ext=["jpg;jpeg;JPEG;JPG", "cls"],
+            random_shuffle=True,
+            initial_fill=command.batch,
+        )
+        image = fn.decoders.image_random_crop(
+            jpeg,
+            device="cpu" if device_id is None else "mixed",
+            random_area=(0.08, 1.0),
+            random_aspect_ratio=(3 / 4, 4 / 3),
+        )
+        image = fn.resize(image, size=(224, 224), interp_type=types.INTERP_LINEAR, antialias=True)
+        image = fn.crop_mirror_normalize(
+            image,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mean=[255 * m for m in PipelineConfig().mean],
+            std=[255 * s for s in PipelineConfig().std],
+            mirror=fn.random.coin_flip(),
+            device=place,
+        )
+        pipe.set_outputs(image, label)
+    pipe.build()
+
+    def step() -> int:
+        images, _ = pipe.run()
+        return len(images)
+
+    for _ in range(4):
+        step()
+    return _measure(step, command.batches, command.repeats)
+
+
 class _AuthorsDataset(torch.utils.data.Dataset[Any]):
     """Decode, crop, flip, one of 16 x 5 corruptions, normalise: per image, in numpy and PIL."""
 
@@ -138,18 +183,29 @@ def main() -> None:
         store = shards.open(folder)
         rows["loader, clean"] = _loader_row(store, command, (), device_id)
         rows[f"loader, {len(kinds)} kinds + clean"] = _loader_row(store, command, kinds, device_id)
+        rows[_NATIVE] = _native_row(Path(folder), command, device_id)
         if command.peer_batches:
-            rows["DataLoader + torchvision + imagecorruptions"] = _peer_row(command)
+            rows[_AUTHORS] = _peer_row(command)
+    ours = rows[f"loader, {len(kinds)} kinds + clean"]
+    ratios = {
+        peer: {unit: ours[unit]["p50"] / rows[peer][unit]["p50"] for unit in ours}
+        for peer in (_NATIVE, _AUTHORS)
+        if peer in rows
+    }
     for name, row in rows.items():
         rate, per_cpu = row["img_per_s"], row["img_per_cpu_s"]
         print(
             f"{name:44s} {rate['p50']:9.0f} img/s ({rate['p20']:.0f} to {rate['p80']:.0f})  "
             f"{per_cpu['p50']:9.0f} per CPU-s"
         )
-    if command.out:
-        command.out.write_text(
-            json.dumps({**environment(), "batch": command.batch, "rows": rows}, indent=1) + "\n"
+    for peer, ratio in ratios.items():
+        print(
+            f"with all corruptions against {peer}: {ratio['img_per_s']:.2f} x the rate, "
+            f"{ratio['img_per_cpu_s']:.2f} x per CPU-second"
         )
+    if command.out:
+        record = {**environment(), "batch": command.batch, "threads": command.threads}
+        command.out.write_text(json.dumps({**record, "rows": rows, "ratios": ratios}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def _session(
     settings = read_recipe(recipe)
     settings["model"] = {**settings.get("model", {}), "weights": ""}  # a speed does not depend on them
     settings["pipeline"] = {**settings["pipeline"], **pipeline, "threads": command.threads}
-    config = validated(RunConfig, {**settings, "data": data, "out": out, "trackers": ()}, str(recipe))
+    config = validated(RunConfig, {**settings, "data": data, "out": out}, str(recipe))
 
     def progress(name: str) -> None:
         print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)

@@ -61,8 +61,7 @@ def run_config(command: ProfileCommand) -> RunConfig:
     """Return the run that is asked about."""
     config = validated(RunConfig, command.model_dump(exclude=_OWN), "command line")
     # A speed does not depend on the weights' values, which may not be at hand.
-    model = config.model.model_copy(update={"weights": ""})
-    return config.model_copy(update={"model": model, "trackers": ()})
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": ""})})
 
 
 def accelerator_for(command: ProfileCommand, config: RunConfig) -> Accelerator:
