@@ -5,11 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -242,20 +238,3 @@ def test_workers_of_a_killed_builder_are_waited_for(
         run(source, tmp_path / "out")
     os.close(fd)
     assert run(source, tmp_path / "out").built
-
-
-def test_a_killed_parallel_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    source = write_tree(tmp_path / "source", plain_files(60))
-    out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools" / "build_shards.py"), "--source", str(source)]
-    command += ["--out", str(out), "--name", "set", "--samples-per-shard", "3", "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while len(list(out.glob("*.tar"))) < 2 and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()  # ends when the orphaned workers have let go of the pipes
-    run(source, out)
-    run(source, tmp_path / "straight")
-    assert digests(out) == digests(tmp_path / "straight")
