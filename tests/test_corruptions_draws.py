@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,15 +252,25 @@ def test_frost_second_and_third_are_the_same_picture() -> None:
     assert torch.equal(one, two)
 
 
-def test_frost_textures_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    from pipeline.corruptions import core
-
-    monkeypatch.setenv("VQSA_FROST_DIR", str(tmp_path))
-    if core.library().vqsa_has_frost_textures():
-        assert frost.find_folder() is None
-        return
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps imagecorruptions"):
-        frost.ensure_loaded([9])
+def test_frost_textures_missing(tmp_path: Path) -> None:
+    """In a process of its own: textures that were loaded stay."""
+    code = (
+        "import torch; from pipeline.corruptions import corrupt\n"
+        "image = torch.zeros(2, 40, 40, 3, dtype=torch.uint8)\n"
+        "corrupt(image, 'fog', 1, 0)\n"
+        "try: corrupt(image, ['fog', 'frost'], 1, 0)\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "VQSA_FROST_DIR": str(tmp_path)},
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"looked in VQSA_FROST_DIR={tmp_path}" in done.stdout
+    assert "pip install --no-deps imagecorruptions" in done.stdout
 
 
 def test_frost_scaling_equals_opencv() -> None:
