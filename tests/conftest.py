@@ -86,6 +86,39 @@ def picture_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+RUN_KINDS = ("gaussian_noise", "contrast")
+
+
+@pytest.fixture(scope="session")
+def run_folder(picture_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint of an untrained model, as the training loop writes it."""
+    import model
+    from model import ModelConfig
+    from pipeline.config import PipelineConfig
+    from tools.runtime import checkpoint
+    from tools.runtime.config import RunConfig
+    from tools.runtime.metrics import MetricsFile
+
+    out = tmp_path_factory.mktemp("runs") / "untrained"
+    config = RunConfig(
+        data=picture_shards,
+        steps=1,
+        pipeline=PipelineConfig(image_size=32, constants="imagenet", kinds=RUN_KINDS, batch_global=32),
+        model=ModelConfig(trunk="resnet10", codes=8, init="normal"),
+    )
+    checkpoint.write(
+        out / "checkpoints",
+        {"model.safetensors": model.build(config.model, 3).state_dict()},
+        step=1,
+        config=config,
+        classes=["class0", "class1", "class2"],
+    )
+    metrics = MetricsFile(out / "metrics.jsonl", 0)
+    metrics.write({"step": 1, "loss": 2.0, "ce": 1.0, "top1_pct": 30.0})
+    metrics.close()
+    return out
+
+
 # `accelerate launch --cpu` starts one process whatever number is asked for; on a CPU, gloo processes come from
 # its multi-device launcher together with ACCELERATE_USE_CPU, which `environment` sets.
 TWO_PROCESSES = [

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, finish, start
+from conftest import RUN_KINDS, TWO_PROCESSES, finish, start
 from torch import Tensor, nn
 
-import model
 import shards
-from model import ModelConfig
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS, corrupt, kind_id
 from pipeline.loader import EvaluationLoader
 from pipeline.normalise import normalise
 from pipeline.plan import evaluation_keys
 from tools.evaluate import EvaluateCommand, evaluate
-from tools.report import page
+from tools.evaluation import adaptation, models
+from tools.evaluation.passes import Pass, Settings, cell_pixels
 from tools.runtime import scoring
 from tools.runtime.alexnet import ALEXNET_ERROR
 from tools.runtime.checkpoint import RUN_FILE
-from tools.runtime.config import RunConfig
 from tools.runtime.results import CLEAN, SEVERITIES, Cell, as_json, read_csv, summarise, table
 
-KINDS = ("gaussian_noise", "contrast")
+KINDS = RUN_KINDS
 
 
 def cells(top1: dict[str, float]) -> list[Cell]:
@@ -134,33 +135,6 @@ def test_nothing_to_score_is_an_error() -> None:
 # The command
 
 
-@pytest.fixture(scope="module")
-def run_folder(picture_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a checkpoint of an untrained model, as the training loop writes it."""
-    from tools.runtime import checkpoint
-    from tools.runtime.metrics import MetricsFile
-
-    out = tmp_path_factory.mktemp("runs") / "untrained"
-    config = RunConfig(
-        data=picture_shards,
-        steps=1,
-        pipeline=PipelineConfig(image_size=32, constants="imagenet", kinds=KINDS, batch_global=32),
-        model=ModelConfig(trunk="resnet10", codes=8, init="normal"),
-    )
-    net = model.build(config.model, 3)
-    checkpoint.write(
-        out / "checkpoints",
-        {"model.safetensors": net.state_dict()},
-        step=1,
-        config=config,
-        classes=["class0", "class1", "class2"],
-    )
-    metrics = MetricsFile(out / "metrics.jsonl", 0)
-    metrics.write({"step": 1, "loss": 2.0, "ce": 1.0, "top1_pct": 30.0})
-    metrics.close()
-    return out
-
-
 def test_the_command_writes_what_it_prints(
     run_folder: Path, picture_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,46 +155,154 @@ def test_the_command_writes_what_it_prints(
     assert summarise(again, partial=True).mce_pct == pytest.approx(found["mce"], abs=1e-3)
 
 
+def launch(processes: int, *arguments: str) -> subprocess.Popen[str]:
+    launcher = [str(processes) if word == "2" else word for word in TWO_PROCESSES] if processes > 1 else []
+    return start(*launcher, "tools/evaluate.py", *arguments)
+
+
+def numbers(out: Path) -> tuple[str, object]:
+    """All that an evaluation found: the cells as text, and the aggregates."""
+    report = json.loads((out / "results.json").read_text())
+    found = dict(report["models"]["untrained"])
+    return (out / "cells.csv").read_text(), found
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(
+def test_one_and_three_processes_and_any_batch_give_the_same_numbers(
     run_folder: Path, picture_shards: Path, tmp_path: Path
 ) -> None:
-    one = evaluate(
-        EvaluateCommand(
-            checkpoint=(run_folder,), data=picture_shards, kinds=KINDS, batch=16, partial_mce=True
-        )
-    )
-    command = [
-        "tools/evaluate.py",
-        "--checkpoint",
-        str(run_folder),
-        "--data",
-        str(picture_shards),
-        "--batch",
-        "7",
-    ]
-    output = finish(
-        start(*TWO_PROCESSES, *command, "--kinds", *KINDS, "--partial-mce", "--out", str(tmp_path))
-    )
-    two = json.loads((tmp_path / "results.json").read_text())
-    assert output.count("mCE over 2 of 15 kinds") == 1  # one of the two speaks
-    for name in ("images", "clean_top1", "mce", "top1_per_corruption"):
-        a, b = ({**r, **r["models"]["untrained"]} for r in (one, two))
-        assert b[name] == a[name], name
+    """Every cell to the last printed digit, calibration and code measures included."""
+    arguments = ["--checkpoint", str(run_folder), "--data", str(picture_shards), "--partial-mce"]
+    arguments += ["--kinds", *KINDS, "--out"]
+    runs = {"one": (1, 64), "three": (3, 8), "three64": (3, 64)}
+    for name, (processes, batch) in runs.items():
+        output = finish(launch(processes, *arguments, str(tmp_path / name), "--batch", str(batch)))
+        assert output.count("mCE over 2 of 15 kinds") == 1  # one of them speaks
+    want = numbers(tmp_path / "one")
+    assert numbers(tmp_path / "three64") == want
+    assert numbers(tmp_path / "three")[0] == want[0]
 
 
-def test_the_report_is_one_file_with_its_pictures(run_folder: Path, picture_shards: Path) -> None:
-    evaluate(
-        EvaluateCommand(
-            checkpoint=(run_folder,), data=picture_shards, kinds=KINDS, images=40, partial_mce=True
-        )
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 3)])
+def test_a_killed_evaluation_goes_on_where_it_was(
+    run_folder: Path, picture_shards: Path, tmp_path: Path, first: int, second: int
+) -> None:
+    """kill -9 in the middle, then go on with another batch size and number of processes: the same numbers."""
+    arguments = ["--checkpoint", str(run_folder), "--data", str(picture_shards), "--partial-mce"]
+    arguments += ["--kinds", *KINDS, "fog", "--save-every-s", "0"]
+    finish(launch(1, *arguments, "--out", str(tmp_path / "whole")))
+    out = tmp_path / "killed"
+    process = launch(first, *arguments, "--out", str(out), "--batch", "4")
+    until_s = time.monotonic() + 200
+    while not any((out / "partial").glob("*.npz")) and process.poll() is None and time.monotonic() < until_s:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    process.kill()
+    process.communicate()
+    assert not (out / "results.json").exists()
+    (part,) = (out / "partial").glob("*.npz")
+    done = np.load(part)["untrained/done_CN"]
+    assert 0 < done.sum() < done.size
+    output = finish(launch(second, *arguments, "--out", str(out), "--batch", "64"))
+    assert "going on with the partial results" in output
+    assert numbers(out)[0] == numbers(tmp_path / "whole")[0]
+    assert not (out / "partial").exists()
+
+
+def test_partial_results_of_another_evaluation_are_not_mixed_in(
+    run_folder: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    request = EvaluateCommand(checkpoint=(run_folder,), data=picture_shards, kinds=("fog",), out=tmp_path)
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "evaluation.json").write_text('{"seed": 1}')
+    np.savez(tmp_path / "partial" / "on-the-fly.0.npz", nothing=np.zeros(1))
+    with pytest.raises(ValueError, match=r"another evaluation \(different: .*seed.*\); repeat that command"):
+        evaluate(request)
+    evaluate(request.model_copy(update={"fresh": True}))
+    assert (tmp_path / "results.json").is_file()
+
+
+def test_models_scored_together_get_their_own_numbers(
+    run_folder: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    """Two checkpoints and a baseline that is shown other pixels, in one pass each."""
+    baseline = "test_evaluate_sets:three_classes"
+    together = EvaluateCommand(
+        checkpoint=(run_folder, run_folder),
+        models=(baseline,),
+        data=picture_shards,
+        kinds=("fog",),
+        out=tmp_path,
     )
-    text = page(run_folder, run_folder / "evaluation")
-    assert text.count("data:image/png;base64,") == 3
-    assert "http" not in text
-    assert "mCE over 2 of 15 kinds" in text
-    with pytest.raises(FileNotFoundError, match=r"run tools/evaluate\.py first"):
-        page(run_folder, run_folder / "nowhere")
+    evaluate(together)
+    found = read_csv(tmp_path / "cells.csv")
+    assert list(found) == ["untrained", "untrained@1", "three_classes"]
+    assert found["untrained"] == found["untrained@1"]
+    evaluate(together.model_copy(update={"checkpoint": (), "out": tmp_path / "alone"}))
+    assert read_csv(tmp_path / "alone" / "cells.csv")["three_classes"] == found["three_classes"]
+    assert found["three_classes"] != found["untrained"]
+    assert found["untrained"][1].agreement is not None
+    assert found["three_classes"][1].agreement is None  # it has no codes
+
+
+def test_jpeg_after_the_corruption_changes_corrupted_images_alone(
+    run_folder: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    request = EvaluateCommand(
+        checkpoint=(run_folder,), data=picture_shards, kinds=("fog",), out=tmp_path / "a"
+    )
+    evaluate(request)
+    evaluate(request.model_copy(update={"jpeg85": True, "out": tmp_path / "b"}))
+    a, b = (read_csv(tmp_path / name / "cells.csv")["untrained"] for name in "ab")
+    assert a[0] == b[0]
+    assert all(x.nll != y.nll for x, y in zip(a[1:], b[1:], strict=True))
+
+
+# Adaptation
+
+
+def test_adapted_statistics_are_those_of_the_cell(
+    run_folder: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    """A row of its own; on all images of a cell the first layer's statistics are that cell's own."""
+    request = EvaluateCommand(
+        checkpoint=(run_folder,), data=picture_shards, kinds=("contrast",), adapt_bn=90, out=tmp_path / "a"
+    )
+    evaluate(request)
+    found = read_csv(tmp_path / "a" / "cells.csv")
+    assert list(found) == ["untrained", "untrained+bn"]
+    assert found["untrained"] != found["untrained+bn"]
+    evaluate(request.model_copy(update={"batch": 7, "out": tmp_path / "b"}))
+    assert read_csv(tmp_path / "b" / "cells.csv")["untrained+bn"] == found["untrained+bn"]
+
+    store = shards.open(picture_shards)
+    plain = models.from_checkpoint(run_folder)
+    adapted = adaptation.adapted([plain], 90, 0)[0]
+    settings = Settings(0, "hendrycks", False, None, 64, 1, "stop", torch.device("cpu"), None)
+    part = Pass("p", store, np.arange(90), [(CLEAN, 0), ("contrast", 5)])
+    statistics = adaptation.CellStatistics(adapted, part, 90, 0, settings)
+    statistics.put(("contrast", 5))
+    loader = EvaluationLoader(store, plain.preprocessing.pipeline(1), batch=90)
+    (batch,) = list(loader)
+    loader.close()
+    pixels = cell_pixels(batch.images_u8, batch.sample_id.numpy(), ("contrast", 5), "imagenet", settings)
+    activation = plain.net.trunk.conv1(normalise(pixels, plain.preprocessing.pipeline(1)))  # type: ignore[operator, union-attr]
+    layer = adapted.net.trunk.bn1  # type: ignore[union-attr]
+    torch.testing.assert_close(layer.running_mean, activation.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    # With a prior of as many images, half of the training's own statistics is kept.
+    (mixed,) = adaptation.adapted([plain], 90, 90)
+    adaptation.CellStatistics(mixed, part, 90, 90, settings).put(("contrast", 5))
+    trained = plain.net.trunk.bn1.running_mean  # type: ignore[union-attr]
+    torch.testing.assert_close(mixed.net.trunk.bn1.running_mean, (layer.running_mean + trained) / 2)  # type: ignore[union-attr]
+
+
+def test_adaptation_needs_batch_normalisation(picture_shards: Path, tmp_path: Path) -> None:
+    request = EvaluateCommand(
+        models=("test_evaluate_sets:three_classes",), data=picture_shards, adapt_bn=8, out=tmp_path
+    )
+    with pytest.raises(ValueError, match="no batch normalisation to adapt in three_classes"):
+        evaluate(request)
 
 
 def test_other_classes_are_refused(run_folder: Path, tmp_path: Path) -> None:

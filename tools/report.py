@@ -1,255 +1,310 @@
-"""Makes one self-contained HTML page of a run: results, loss curve, and what a training batch looks like.
+"""Makes one self-contained HTML page of an evaluation and its run, and the figures on it as files.
 
 python tools/report.py --run runs/x
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-import matplotlib.pyplot as plt
+import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
-import shards
-from pipeline.corruptions import HELD_OUT_KINDS, KINDS
-from pipeline.loader import TrainingLoader
-from pipeline.normalise import denormalise
+from tools.figures import accuracy, of_models, page, stability, training
+from tools.figures.paper import TABLE_3
 from tools.runtime import checkpoint
 from tools.runtime.config import RunConfig, flatten, validated
 from tools.runtime.metrics import read_metrics
+from tools.runtime.results import CLEAN, SEVERITIES, Cell, by_kind, read_csv, summarise
 
-_COLUMNS, _ROWS = 8, 4
-_INK, _LINE = "#1c2733", "#2a6fb0"
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 0 auto;
-       max-width: 1100px; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.2rem 0; }
-.tile { flex: 1 1 150px; border: 1px solid #d8dee5; border-radius: 8px; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.tile span, .note { color: #5b6875; font-size: .87rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .22rem .7rem; border-bottom: 1px solid #e5e9ee; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
-"""
+log = logging.getLogger("vqsa")
 
 
 class ReportCommand(BaseModel):
-    """Make a report page of a run, from its metrics, its evaluation and its training shards."""
+    """Make a report page of an evaluation; with --run, of the training behind it too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    run: Path
+    run: Path | None = None
     """Run folder, with metrics.jsonl and checkpoints."""
 
     evaluation: Path | None = None
     """Folder that tools/evaluate.py wrote. Unset: evaluation/ in the run folder."""
 
+    data: Path | None = None
+    """Clean images for the figures that need some. Unset: those of the evaluation."""
+
+    figures: Literal["auto", "saved", "again"] = "auto"
+    """Figures that need the models (Grad-CAM, t-SNE, gallery): made if they are not there yet; only those that are
+    there; or made anew."""
+
     out: Path | None = None
-    """The page. Unset: report.html in the run folder."""
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def batch_picture(config: RunConfig) -> bytes:
-    """Return a PNG of the first images the run trained on, each with its corruption and severity."""
-    store = shards.open(config.data)
-    loader = TrainingLoader(store, config.pipeline, seed=config.seed)
-    try:
-        batch = next(loader)
-    finally:
-        loader.close()
-    images = denormalise(batch.images, config.pipeline).numpy()[: _ROWS * _COLUMNS]
-    figure, axes = plt.subplots(_ROWS, _COLUMNS, figsize=(1.45 * _COLUMNS, 1.75 * _ROWS), squeeze=False)
-    for i, axis in enumerate(axes.flat):
-        axis.axis("off")
-        if i < len(images):
-            kind, severity = KINDS[int(batch.kind[i])], int(batch.severity[i])
-            axis.imshow(images[i], interpolation="nearest")
-            axis.set_title("clean" if severity == 0 else f"{kind} {severity}", fontsize=7.5, color=_INK)
-    figure.tight_layout(pad=0.4)
-    return _png(figure)
-
-
-def loss_picture(records: list[dict[str, Any]]) -> bytes:
-    """Return a PNG of the loss and of training and validation accuracy over the steps."""
-    training = [r for r in records if "loss" in r]
-    validation = [r for r in records if "val_top1_pct" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    left.plot([r["step"] for r in training], [r["loss"] for r in training], color=_LINE, label="total")
-    left.plot(
-        [r["step"] for r in training],
-        [r["ce"] for r in training],
-        color="#d08a26",
-        ls="--",
-        label="cross entropy",
-    )
-    left.set_title("Training loss (mixed clean and corrupted)", fontsize=10)
-    right.plot(
-        [r["step"] for r in training],
-        [r["top1_pct"] for r in training],
-        color=_LINE,
-        label="training batches",
-    )
-    if validation:
-        right.plot(
-            [r["step"] for r in validation],
-            [r["val_top1_pct"] for r in validation],
-            color="#2e8b57",
-            marker="o",
-            ms=4,
-            label="clean validation",
-        )
-    right.set_title("Top-1, %", fontsize=10)
-    for axis in (left, right):
-        axis.set_xlabel("step", fontsize=9)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    return _png(figure)
-
-
-def corruption_picture(top1: dict[str, float], clean: float | None) -> bytes:
-    """Return a PNG with a bar of mean top-1 for each corruption, and a line for clean images."""
-    figure, axis = plt.subplots(figsize=(11, 0.28 * len(top1) + 1.1))
-    names = list(top1)[::-1]
-    colours = ["#8fb4d9" if name in HELD_OUT_KINDS else _LINE for name in names]
-    bars = axis.barh(names, [100 * top1[name] for name in names], color=colours, height=0.7)
-    axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
-    if clean is not None:
-        axis.axvline(100 * clean, color="#2e8b57", ls="--", lw=1.2, label=f"clean {100 * clean:.1f} %")
-        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.12))
-    axis.set_xlim(0, 100)
-    axis.set_xlabel("top-1, mean over severities, % (pale: held out of training)", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
-
-
-def _image(png: bytes, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _tile(value: str, words: str) -> str:
-    return f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(words)}</span></div>'
-
-
-def _cells_table(cells: Path) -> str:
-    rows: dict[str, dict[str, float]] = {}
-    for line in cells.read_text().splitlines()[1:]:
-        _, kind, severity, top1, *_ = line.split(",")
-        rows.setdefault(kind, {})[severity] = float(top1)
-    body = ""
-    for kind, values in rows.items():
-        if "0" in values:
-            continue
-        mean = sum(values.values()) / len(values)
-        body += f"<tr><td>{html.escape(kind)}</td>" + "".join(
-            f"<td>{100 * values[s]:.1f}</td>" for s in "12345"
-        )
-        body += f"<td><b>{100 * mean:.1f}</b></td></tr>"
-    head = "".join(f"<th>s{s}</th>" for s in "12345")
-    return f'<div class="scroll"><table><tr><th>top-1, %</th>{head}<th>mean</th></tr>{body}</table></div>'
-
-
-def page(run: Path, evaluation: Path) -> str:
-    """Return the HTML of a run's report.
-
-    Raises:
-        FileNotFoundError: if the run has no checkpoint, or was not evaluated.
-    """
-    found = checkpoint.newest(run)
-    config = validated(RunConfig, found.config, str(found.path))
-    if not (evaluation / "results.json").is_file():
-        raise FileNotFoundError(f"{evaluation} has no results.json; run tools/evaluate.py first")
-    results = json.loads((evaluation / "results.json").read_text())
-    results |= next(iter(results["models"].values()))
-    if results["step"] != found.step:
-        raise ValueError(
-            f"{evaluation} has the results of step {results['step']}, but {run} has gone on to step {found.step}; "
-            "run tools/evaluate.py again"
-        )
-    records = read_metrics(run / "metrics.jsonl")
-    tiles = [_tile(f"{100 * results['clean_top1']:.1f} %", "clean top-1")]
-    if results["mean_corruption_error"] is not None:
-        tiles += [
-            _tile(f"{100 * results['mean_corruption_error']:.1f} %", "mean corruption error, unnormalised"),
-            _tile("none" if results["mce"] is None else f"{results['mce']:.1f} %", results["mce_label"]),
-        ]
-    if results["unknown_top1"] is not None:
-        tiles.append(_tile(f"{100 * results['unknown_top1']:.1f} %", "top-1 on the four held-out kinds"))
-    tiles.append(_tile(f"{found.step}", f"steps of {config.pipeline.batch_global} images"))
-    comparable = (
-        ""
-        if results["classes"] == 1000
-        else ("The mCE is not comparable with published ones, which are of ImageNet's 1,000 classes. ")
-    )
-    note = (
-        f"{comparable}{results['images']} images of {results['data']}, {results['classes']} classes, seed "
-        f"{results['seed']}, corruptions as {results['flavour']}; {results['date']}, commit {results['commit']}."
-    )
-    if results["damaged"]:
-        note += f" {len(results['damaged'])} damaged images were left out."
-    settings = "".join(
-        f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
-        for k, v in flatten(found.config).items()
-    )
-    title = f"{results['data']}: {config.model.trunk} after {found.step} steps"
-    parts = [
-        f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(note)}</p>",
-        f'<div class="tiles">{"".join(tiles)}</div>',
-    ]
-    if results["top1_per_corruption"]:
-        picture = corruption_picture(results["top1_per_corruption"], results["clean_top1"])
-        parts += ["<h2>Accuracy per corruption</h2>", _image(picture, "top-1 per corruption")]
-        parts += ["<h2>Every cell</h2>", _cells_table(evaluation / "cells.csv")]
-    parts += ["<h2>Training</h2>", _image(loss_picture(records), "loss and accuracy over the steps")]
-    parts += [
-        "<h2>What the model was trained on</h2>",
-        "<p class=note>The first images of the first batch, as the model saw them.</p>",
-        _image(batch_picture(config), "a mixed batch of clean and corrupted images"),
-    ]
-    parts += ["<h2>Configuration</h2>", f'<div class="scroll"><table>{settings}</table></div>']
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<body>{''.join(parts)}</body></html>"
-    )
+    """The page. Unset: report.html in the run folder, or in the evaluation's."""
 
 
 def report(command: ReportCommand) -> Path:
-    """Write the page and return its path."""
-    out = command.out or command.run / "report.html"
-    out.write_text(page(command.run, command.evaluation or command.run / "evaluation"))
+    """Write the page and its figures; returns the page's path.
+
+    Raises:
+        FileNotFoundError: no evaluation there, or no checkpoint in the run.
+        ValueError: the run has gone on since it was evaluated.
+    """
+    if command.evaluation is None and command.run is None:
+        raise ValueError("nothing to report on: give --run RUN, or --evaluation FOLDER")
+    evaluation = command.evaluation or (command.run or Path()) / "evaluation"
+    out = command.out or (command.run or evaluation) / "report.html"
+    text = make(command, evaluation)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
     print(f"report: {out.resolve()}")
     return out
 
 
+def make(command: ReportCommand, evaluation: Path) -> str:
+    """Return the page's HTML; draws the figures into `figures/` beside the results."""
+    if not (evaluation / "results.json").is_file():
+        raise FileNotFoundError(f"{evaluation} has no results.json; run tools/evaluate.py first")
+    results = json.loads((evaluation / "results.json").read_text())
+    cells = read_csv(evaluation / "cells.csv")
+    folder = evaluation / "figures"
+    folder.mkdir(exist_ok=True)
+    first = next(iter(results["models"].values()))
+    title = f"{Path(results['data']).name}: {', '.join(results['models'])}"
+    parts = [page.title(title), page.note(_about(results))]
+    parts += [page.tiles(_tiles(first)), page.verdicts([m["verdict"] for m in results["models"].values()])]
+    parts += _accuracy(results, cells, folder)
+    parts += _quality(results, cells, evaluation, folder)
+    parts += _models(command, results, folder)
+    if command.run is not None:
+        parts += _training(command.run, results, folder)
+    return page.page(title, parts)
+
+
+def _about(results: dict[str, Any]) -> str:
+    environment = results["environment"]
+    words = (
+        f"{results['images']} images of {results['data']}, seed {results['seed']}, corruptions as "
+        f"{results['flavour']}{' with a JPEG pass at quality 85' if results['jpeg85'] else ''}, "
+        f"{results['precision']}; {results['date']}, commit {results['commit']}, torch {environment['torch']}, "
+        f"{environment['device']}."
+    )
+    if results["damaged"]:
+        words += f" {len(results['damaged'])} damaged images were left out."
+    if any(m["classes"] != 1000 for m in results["models"].values()):
+        words += " An mCE off ImageNet's 1,000 classes is not comparable with published ones."
+    return words
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _tiles(model: dict[str, Any]) -> list[tuple[str, str]]:
+    found = [
+        ("clean_top1", "clean top-1, %"),
+        ("known_top1", "Known: top-1 over the 15 benchmark corruptions, %"),
+        ("unknown_top1", "Unknown: top-1 over the 4 held-out corruptions, %"),
+        ("mean_corruption_error", "mean corruption error, unnormalised, %"),
+    ]
+    tiles = [(_percent(model[key]), words) for key, words in found if model[key] is not None]
+    if model["mce"] is not None:
+        tiles.append((f"{model['mce']:.1f}", model["mce_label"]))
+    return tiles
+
+
+def _accuracy(results: dict[str, Any], cells: dict[str, list[Cell]], folder: Path) -> list[str]:
+    """The table beside the paper's, bars, curves, every cell."""
+    head = ["", "clean", "Known", "Unknown", "mCE", "relative mCE"]
+    rows, ours = [], []
+    for row in TABLE_3:
+        rows.append([row.method, *(f"{v:.1f}" for v in row[1:]), "–"])
+        ours.append(False)
+    for name, m in results["models"].items():
+        spans = m["intervals_95"]
+
+        def value(key: str, factor: float, m: dict[str, Any] = m, spans: dict[str, Any] = spans) -> str:
+            if m[key] is None:
+                return "–"
+            span = spans.get(key)
+            half = "" if span is None else f" ± {factor * (span[1] - span[0]) / 2:.1f}"
+            return f"{factor * m[key]:.1f}{half}"
+
+        percentages = [value(key, 100) for key in ("clean_top1", "known_top1", "unknown_top1")]
+        rows.append([name, *percentages, value("mce", 1), value("relative_mce", 1)])
+        ours.append(True)
+    parts = [
+        page.heading("Results beside the paper's"),
+        page.note(
+            "Upper rows: table 3 of the paper, on ImageNet. Lower rows: this evaluation; ± is half of a 95 % bootstrap "
+            "interval over the images. Compare models that were trained on the same corruptions and tested on the "
+            "same images only."
+        ),
+        page.table(head, rows, ours),
+    ]
+    benchmark = {name: found for name, found in cells.items() if accuracy.is_benchmark(found)}
+    if benchmark:
+        drawn = {"bars.png": accuracy.bars(benchmark), "severity.png": accuracy.severity_curves(benchmark)}
+        words = {"bars.png": "Top-1 per corruption", "severity.png": "Top-1 over severity, by family"}
+        parts.append(page.heading("Accuracy per corruption"))
+        parts.append(page.figures([_kept(folder, file, data, words[file]) for file, data in drawn.items()]))
+    sets = {name: summarise(found).sets_top1 for name, found in cells.items()}
+    if any(sets.values()):
+        columns = list(dict.fromkeys(s for values in sets.values() for s in values))
+        parts.append(page.heading("Other sets: top-1, %"))
+        parts.append(
+            page.table(["", *columns], [[n, *(_percent(v.get(c)) for c in columns)] for n, v in sets.items()])
+        )
+    for name, found in cells.items():
+        parts.append(page.folded(f"Every cell of {name}", _cells(found)))
+    return parts
+
+
+def _cells(cells: list[Cell]) -> str:
+    grouped = by_kind(cells)
+    rows = []
+    for kind, values in grouped.items():
+        if kind == CLEAN or set(values) == {0}:
+            continue
+        found = [values[s].top1 if s in values else None for s in SEVERITIES]
+        there = [v for v in found if v is not None]
+        errors = [v for c in values.values() if (v := c.ece) is not None]
+        nll = [v for c in values.values() if (v := c.nll) is not None]
+        rows.append(
+            [
+                kind,
+                *(_percent(v) for v in found),
+                _percent(mean(there)),
+                _percent(mean(errors)) if errors else "–",
+                f"{mean(nll):.2f}" if nll else "–",
+            ]
+        )
+    return page.table(["top-1, %", *(f"s{s}" for s in SEVERITIES), "mean", "ECE, %", "NLL"], rows)
+
+
+def _kept(folder: Path, file: str, data: bytes, words: str) -> str:
+    """Write a figure to its file and put it on the page."""
+    (folder / file).write_bytes(data)
+    return page.picture(data, words)
+
+
+def _quality(
+    results: dict[str, Any], cells: dict[str, list[Cell]], evaluation: Path, folder: Path
+) -> list[str]:
+    """Calibration, and how much the inside of the models moves with image quality."""
+    rows = []
+    for name, found in cells.items():
+        corrupted = [c for c in found if c.severity]
+        clean = [c for c in found if c.name == (CLEAN, 0)]
+        row = [name]
+        for measure in ("ece", "nll", "brier"):
+            row += [_average(part, measure, percent=measure == "ece") for part in (clean, corrupted)]
+        row.append(_average(corrupted, "consistency", percent=True))
+        row += [_average(corrupted, measure) for measure in ("agreement", "drift_before", "drift_after")]
+        rows.append(row)
+    head = ["", "ECE clean, %", "corrupted", "NLL clean", "corrupted", "Brier clean", "corrupted"]
+    head += ["same prediction, %", "same codes", "drift before", "drift after"]
+    parts = [
+        page.heading("Calibration and quality independence"),
+        page.note(
+            "Means over the corrupted cells. Drift is 1 - cosine between the features of the corrupted and the clean "
+            "image, before and after quantisation and attention."
+        ),
+        page.table(head, rows),
+    ]
+    pictures = []
+    usage = _usage(evaluation)
+    for i, (name, found) in enumerate(cells.items()):
+        drawn = stability.stability(found)
+        if drawn is not None and i < 3:
+            pictures.append(_kept(folder, f"stability_{i}.png", drawn, f"{name}: what stays the same"))
+        if name in usage:
+            drawn = stability.code_usage(usage[name], f"{CLEAN}/0")
+            pictures.append(_kept(folder, f"codes_{i}.png", drawn, f"{name}: use of the codebook"))
+    return [*parts, page.figures(pictures)]
+
+
+def _average(cells: list[Cell], measure: str, *, percent: bool = False) -> str:
+    values = [v for cell in cells if (v := getattr(cell, measure)) is not None]
+    if not values:
+        return "–"
+    return _percent(mean(values)) if percent else f"{mean(values):.2f}"
+
+
+def _usage(evaluation: Path) -> dict[str, dict[str, Any]]:
+    """Return code counts by model and cell."""
+    file = evaluation / "code_usage.npz"
+    found: dict[str, dict[str, Any]] = {}
+    if file.is_file():
+        with np.load(file) as arrays:
+            for key in arrays.files:
+                name, kind, severity = key.rsplit("/", 2)
+                found.setdefault(name, {})[f"{kind}/{severity}"] = arrays[key]
+    return found
+
+
+def _models(command: ReportCommand, results: dict[str, Any], folder: Path) -> list[str]:
+    """Grad-CAM, t-SNE and gallery: from files, made first if need be."""
+    there = any((folder / file).is_file() for file in of_models.FILES)
+    missed: list[str] = []
+    data = command.data or Path(results["data"])
+    if command.figures == "again" or (command.figures == "auto" and not there):
+        try:
+            missed = of_models.draw(results, data, folder)
+        except (FileNotFoundError, ValueError) as error:
+            missed = [f"no figures of the models: {error}"]
+    found = {file: folder / file for file in of_models.FILES if (folder / file).is_file()}
+    for words in missed:
+        log.warning("%s", words)
+    if not found and not missed:
+        return []
+    pictures = [page.picture(path.read_bytes(), of_models.FILES[file]) for file, path in found.items()]
+    return [page.heading("What the models see"), page.figures(pictures), *map(page.note, missed)]
+
+
+def _training(run: Path, results: dict[str, Any], folder: Path) -> list[str]:
+    """Loss, accuracy, first batch and configuration of the run."""
+    found = checkpoint.newest(run)
+    config = validated(RunConfig, found.config, str(found.path))
+    steps = [
+        m["step"]
+        for m in results["models"].values()
+        if Path(m.get("checkpoint", "")).parts[:1] and "step" in m
+    ]
+    if found.step not in steps:
+        raise ValueError(
+            f"the evaluation has the results of step {', '.join(map(str, steps))}, but {run} has gone on to step "
+            f"{found.step}; run tools/evaluate.py again"
+        )
+    records = read_metrics(run / "metrics.jsonl")
+    pictures = [
+        _kept(folder, "loss.png", training.losses(records), "Loss over the steps"),
+        _kept(folder, "training.png", training.accuracies(records), "Accuracy over the steps"),
+    ]
+    if config.data.exists():
+        pictures.append(
+            _kept(
+                folder, "batch.jpg", training.first_batch(config), "The first images the model was trained on"
+            )
+        )
+    settings = page.table(["setting", "value"], [[k, str(v)] for k, v in flatten(found.config).items()])
+    return [
+        page.heading(
+            f"Training: {config.model.trunk}, {found.step} steps of {config.pipeline.batch_global} images"
+        ),
+        page.figures(pictures),
+        page.folded("Configuration", settings),
+    ]
+
+
 def main() -> None:
     """Run the command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         report(tyro.cli(ReportCommand, description=ReportCommand.__doc__))
     except (ValueError, FileNotFoundError) as error:

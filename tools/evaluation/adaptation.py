@@ -7,7 +7,7 @@ depend on the seed alone: not on the batch size of the evaluation or the number 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,22 +25,28 @@ BATCH = 64
 SUFFIX = "+bn"
 
 
-def adaptable(classifier: Classifier, images: int, prior: int) -> Classifier:
-    """Return a copy of the classifier that is a row of its own in the results.
+def adapted(classifiers: Sequence[Classifier], images: int, prior: int) -> list[Classifier]:
+    """Return a copy of each classifier that has batch normalisation, as a row of its own in the results.
 
     Raises:
-        ValueError: if it has no batch normalisation.
+        ValueError: if none has any.
     """
-    if not _layers(classifier.net):
-        raise ValueError(f"--adapt-bn: {classifier.name} has no batch normalisation to adapt")
-    return Classifier(
-        classifier.name + SUFFIX,
-        copy.deepcopy(classifier.net),
-        classifier.preprocessing,
-        classifier.classes,
-        {**classifier.source, "adapted": "batch-norm statistics", "images": images, "prior": prior},
-        classifier.trained_on,
-    )
+    copies = [
+        Classifier(
+            classifier.name + SUFFIX,
+            copy.deepcopy(classifier.net),
+            classifier.preprocessing,
+            classifier.classes,
+            {**classifier.source, "adapted": "batch-norm statistics", "images": images, "prior": prior},
+            classifier.trained_on,
+        )
+        for classifier in classifiers
+        if _layers(classifier.net)
+    ]
+    if not copies:
+        names = ", ".join(classifier.name for classifier in classifiers)
+        raise ValueError(f"--adapt-bn: no batch normalisation to adapt in {names}")
+    return copies
 
 
 def _layers(net: nn.Module) -> list[_BatchNorm]:
@@ -51,7 +57,7 @@ class CellStatistics:
     """The statistics of every cell of a pass, put into a classifier before it sees the cell.
 
     Args:
-        classifier: made by `adaptable`; its own statistics are the training's.
+        classifier: one of `adapted`; its own statistics are the training's.
         part: images and cells.
         images: how many images of each cell to adapt on, a seeded choice; all where there are fewer.
         prior: weight of the training statistics, in images.
@@ -91,7 +97,7 @@ class CellStatistics:
                     pixels = images_u8
                     if not part.on_disk:
                         pixels = cell_pixels(
-                            images_u8, batch.sample_id.numpy(), cell, config.constants, replace(settings)
+                            images_u8, batch.sample_id.numpy(), cell, config.constants, settings
                         )
                     weight = len(images_u8)
                     found = [

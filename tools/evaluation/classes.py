@@ -16,7 +16,7 @@ def imagenet_classes() -> list[str]:
     return (Path(__file__).parent / "imagenet_classes.txt").read_text().split()
 
 
-def outputs_of(data: Sequence[str], model: Sequence[str], where: str, whose: str, *, mask: bool) -> Tensor:
+def outputs_of(data: Sequence[str], model: Sequence[str], where: str, whose: str, *, fewer: bool) -> Tensor:
     """Return the model's output for each class of the data: int64 (classes of the data,).
 
     Folder names that are plain numbers below the number of outputs are outputs (ImageNet-V2 is laid out so).
@@ -24,10 +24,10 @@ def outputs_of(data: Sequence[str], model: Sequence[str], where: str, whose: str
     Args:
         data, model: class names of the data and of the model's outputs.
         where, whose: the data and the model, for messages.
-        mask: accept data of fewer classes; its other outputs are to be masked.
+        fewer: accept data of fewer classes than the model's.
 
     Raises:
-        ValueError: a class of the data is none of the model's, or some are absent without `mask`.
+        ValueError: a class of the data is none of the model's, or some are absent without `fewer`.
     """
     numbers = [int(name) for name in data if name.isdecimal()]
     if len(numbers) == len(data) and not set(data) & set(model) and max(numbers) < len(model):
@@ -42,10 +42,11 @@ def outputs_of(data: Sequence[str], model: Sequence[str], where: str, whose: str
                 "images of the same classes"
             )
         index = [place[name] for name in data]
-    if len(index) < len(model) and not mask:
+    if len(index) < len(model) and not fewer:
         raise ValueError(
             f"{where} has {len(data)} classes ({_some(data)}), {whose} {len(model)} ({_some(model)}); "
-            "evaluate on images of the same classes, or say --mask-classes to score among the data's classes only"
+            "evaluate on images of the same classes, or say --fewer-classes mask to score among the data's only, or "
+            "keep to score among the model's"
         )
     return torch.tensor(index, dtype=torch.int64)
 

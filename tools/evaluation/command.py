@@ -40,8 +40,9 @@ class EvaluateCommand(BaseModel):
     mos_images: Path | None = None
     """Folder of the images that --mos names; rows without a file there are passed over."""
 
-    mask_classes: bool = False
-    """Accept --data and --imagenet-c of fewer classes than the model's, and score among these."""
+    fewer_classes: Literal["refuse", "mask", "keep"] = "refuse"
+    """--data or --imagenet-c with fewer classes than the model: refuse them, leave out the logits of the others, or
+    keep all logits."""
 
     out: Path | None = None
     """Folder for results.json and cells.csv. Unset: evaluation/ in the run folder of the first checkpoint."""

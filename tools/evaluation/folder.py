@@ -119,7 +119,9 @@ def open_files(
         shards=shards,
     )
     reopen = partial(open_files, root, files, labels, classes, name, side)
-    return _FileStore(list(files), header, table, _OPEN_FILES, reopen)
+    store = _FileStore(list(files), header, table, _OPEN_FILES, reopen)
+    store.path = root  # rather than the first file's folder
+    return store
 
 
 class _FileStore(Store):

@@ -35,7 +35,7 @@ class Pass:
     cells: names of the cells. Corruptions are made here unless `on_disk`.
     on_disk: the images are corrupted already (or another set altogether): they are scored as they are, in one cell.
     resize: False: images have the model's size and are not resized.
-    mask: logits of classes that the data do not have are left out.
+    fewer: what to do where the data have fewer classes than the model: "refuse", "mask" their logits, or "keep" all.
     labelled: False where the images have no classes; what compares with a label means nothing then.
     """
 
@@ -45,7 +45,7 @@ class Pass:
     cells: list[CellName]
     on_disk: bool = False
     resize: bool = True
-    mask: bool = False
+    fewer: str = "refuse"
     labelled: bool = True
 
 
@@ -170,7 +170,7 @@ class Scorer:
         for classifier, index in zip(classifiers, self._outputs, strict=True):
             absent_L = torch.ones(len(classifier.classes), dtype=torch.bool, device=device)
             absent_L[index] = False
-            self._absent.append(absent_L if part.mask and bool(absent_L.any()) else None)
+            self._absent.append(absent_L if part.fewer == "mask" and bool(absent_L.any()) else None)
         shape = (len(part.cells), len(part.sample_N))
         self._before = {c.name: before.get(c.name, np.zeros(shape, np.bool_)) for c in classifiers}
         self.found = {c.name: Outcomes.empty(*shape, c.codes) for c in classifiers}

@@ -100,7 +100,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
                 source.cells,
                 source.on_disk,
                 source.resize,
-                source.mask,
+                source.fewer,
                 source.labelled,
             )
             if number == 0:  # the sets of one evaluation have about as many images each
@@ -161,9 +161,7 @@ def load_models(command: EvaluateCommand, device: torch.device) -> list[Classifi
     classifiers += [models.from_name(spec) for spec in command.models]
     models.unique_names(classifiers)
     if command.adapt_bn is not None:
-        classifiers += [
-            adaptation.adaptable(c, command.adapt_bn, command.adapt_prior) for c in list(classifiers)
-        ]
+        classifiers += adaptation.adapted(classifiers, command.adapt_bn, command.adapt_prior)
     for classifier in classifiers:
         classifier.net.to(memory_format=torch.channels_last).to(device).eval()
         models.check_outputs(classifier, device)
@@ -185,7 +183,7 @@ def list_sources(command: EvaluateCommand, classifiers: Sequence[Classifier]) ->
             kinds = []
         for kind in kinds:
             kind_id(kind)
-        found.append(sets.made_on_the_fly(command.data, kinds, command.mask_classes))
+        found.append(sets.made_on_the_fly(command.data, kinds, command.fewer_classes))
     for benchmark, root in (("imagenet-c", command.imagenet_c), ("imagenet-c-bar", command.imagenet_c_bar)):
         if root is None:
             continue
@@ -195,7 +193,7 @@ def list_sources(command: EvaluateCommand, classifiers: Sequence[Classifier]) ->
                 f"--{benchmark}: the models take images of {' and '.join(map(str, sizes))} pixels, but those on disk "
                 "have one size and are not resized; evaluate the models one size at a time"
             )
-        found += sets.corruptions_on_disk(root, benchmark, sizes[0], command.mask_classes)
+        found += sets.corruptions_on_disk(root, benchmark, sizes[0], command.fewer_classes)
     for named in command.sets:
         name, equals, path = named.partition("=")
         if not equals:
@@ -240,7 +238,11 @@ def read_set(
         torch.zeros(1, dtype=torch.int64)
         if not part.labelled
         else outputs_of(
-            part.store.classes, c.classes, str(part.store.path), f"the model {c.name}", mask=part.mask
+            part.store.classes,
+            c.classes,
+            str(part.store.path),
+            f"the model {c.name}",
+            fewer=part.fewer != "refuse",
         )
         for c in classifiers
     ]

@@ -24,7 +24,7 @@ class Source:
     open: opens it.
     on_disk: scored as it is, in one cell.
     resize: False where images must have the model's size already.
-    mask: score among the classes that the set has.
+    fewer: a set of fewer classes than the model: "refuse" it, "mask" the logits of the others, or "keep" them.
     labelled: False where nobody said what is on the images.
     """
 
@@ -33,7 +33,7 @@ class Source:
     open: Callable[[], Store]
     on_disk: bool = False
     resize: bool = True
-    mask: bool = False
+    fewer: str = "refuse"
     labelled: bool = True
 
 
@@ -46,10 +46,10 @@ def open_images(path: Path, name: str = "") -> Store:
     return shards.open(path)  # says what is wrong with it
 
 
-def made_on_the_fly(path: Path, kinds: list[str], mask: bool) -> Source:
+def made_on_the_fly(path: Path, kinds: list[str], fewer: str) -> Source:
     """Clean images, and their corruptions made in the same pass."""
     cells = [(CLEAN, 0), *((kind, severity) for kind in kinds for severity in SEVERITIES)]
-    return Source("on-the-fly", cells, lambda: open_images(path), mask=mask)
+    return Source("on-the-fly", cells, lambda: open_images(path), fewer=fewer)
 
 
 def plain_set(name: str, path: Path) -> Source:
@@ -62,10 +62,10 @@ def plain_set(name: str, path: Path) -> Source:
         raise ValueError(
             f"--sets: {name!r} cannot be the name of a set, it is a kind of image in the results"
         )
-    return Source(name, [(name, 0)], lambda: open_images(path, name), on_disk=True, mask=True)
+    return Source(name, [(name, 0)], lambda: open_images(path, name), on_disk=True, fewer="mask")
 
 
-def corruptions_on_disk(root: Path, benchmark: str, side: int, mask: bool) -> list[Source]:
+def corruptions_on_disk(root: Path, benchmark: str, side: int, fewer: str) -> list[Source]:
     """List `<corruption>/<severity>/<class>/<image>`, and `clean/<class>/<image>` where it is there.
 
     Args:
@@ -73,7 +73,7 @@ def corruptions_on_disk(root: Path, benchmark: str, side: int, mask: bool) -> li
         benchmark: its name in messages and file names.
         side: images must be `side` x `side` pixels; the first one of each cell is looked at now, the others when
             their cell is opened.
-        mask: score among the classes that the folder has.
+        fewer: see `Source`.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, another layout, an unknown corruption, images of another size.
@@ -86,7 +86,7 @@ def corruptions_on_disk(root: Path, benchmark: str, side: int, mask: bool) -> li
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         kind = folder.name
         if kind == CLEAN:
-            sources.insert(0, _cell(folder, (CLEAN, 0), benchmark, side, mask))
+            sources.insert(0, _cell(folder, (CLEAN, 0), benchmark, side, fewer))
             continue
         known = (*KINDS[1:], *C_BAR_KINDS)
         if kind not in known:
@@ -106,7 +106,7 @@ def corruptions_on_disk(root: Path, benchmark: str, side: int, mask: bool) -> li
                 f"{', '.join(p.name for p in found) or 'none'}"
             )
         for number, path in numbered.items():
-            sources.append(_cell(path, (kind, number), benchmark, side, mask))
+            sources.append(_cell(path, (kind, number), benchmark, side, fewer))
     if not sources:
         raise ValueError(
             f"{root}: no corruption folders; --{benchmark} wants <corruption>/<severity>/<class>/<image>"
@@ -125,14 +125,14 @@ def _severity(path: Path) -> float:
     return float(path.name)
 
 
-def _cell(path: Path, cell: CellName, benchmark: str, side: int, mask: bool) -> Source:
+def _cell(path: Path, cell: CellName, benchmark: str, side: int, fewer: str) -> Source:
     name = f"{benchmark}/{cell[0]}/{cell[1]}"
 
     def open_cell() -> Store:
         return open_folder(path, name, side)
 
     _check_first(path, side)
-    return Source(name, [cell], open_cell, on_disk=True, resize=False, mask=mask)
+    return Source(name, [cell], open_cell, on_disk=True, resize=False, fewer=fewer)
 
 
 def _check_first(path: Path, side: int) -> None:

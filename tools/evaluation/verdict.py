@@ -15,10 +15,12 @@ def verdict(name: str, trained_on: Sequence[str] | None, summary: Summary) -> st
     takes to new ones. An mCE without that is not comparable with anything.
     """
     known, unknown, mce = summary.known_top1, summary.unknown_top1, summary.mce_pct
+    kinds = len(TRAINING_KINDS)
+    over = "" if summary.mce_kinds == kinds else f" (over {summary.mce_kinds} of {kinds} kinds)"
     parts = [
         f"Known {_pct(known)}",
         f"Unknown {_pct(unknown)}",
-        f"mCE {'not complete' if mce is None else f'{mce:.2f} %'}",
+        f"mCE {'not complete' if mce is None else f'{mce:.2f} %{over}'}",
     ]
     if trained_on is None:
         seen = "training corruptions not known; the numbers may hold corruptions it was trained on"
@@ -27,8 +29,8 @@ def verdict(name: str, trained_on: Sequence[str] | None, summary: Summary) -> st
     else:
         benchmark = [kind for kind in TRAINING_KINDS if kind in trained_on]
         leaked = [kind for kind in HELD_OUT_KINDS if kind in trained_on]
-        seen = f"trained on {len(benchmark)} of the {len(TRAINING_KINDS)} benchmark corruptions"
-        if len(benchmark) < len(TRAINING_KINDS) and benchmark:
+        seen = f"trained on {len(benchmark)} of the {kinds} benchmark corruptions"
+        if len(benchmark) < kinds and benchmark:
             seen += f" ({', '.join(benchmark)})"
         seen += ": Known and mCE are of corruptions it has seen" if benchmark else ""
         if leaked:

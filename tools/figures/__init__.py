@@ -1,0 +1,1 @@
+"""The figures of a report: each file makes one kind of picture, from saved results where it can."""
