@@ -15,8 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from shards.claim import begin, locked
 from shards.lists import write_lists
 from shards.manifest import (
@@ -142,8 +140,7 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
             begin(options)
             if one_file(options):
                 forget_stale_join(tasks, _joining(options))
-            with tqdm(total=len(listing.samples), unit=" img", disable=not progress) as bar:
-                parts, reused = write_missing(tasks, options.workers, bar)
+            parts, reused = write_missing(tasks, options.workers, progress)
             header = _finish(options, listing.classes, source, tasks, parts)
     except BadImageError as error:
         raise ValueError(

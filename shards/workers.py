@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from shards.claim import WORKERS_LOCK, hold_as_worker
 from shards.parts import Part, finished_part
@@ -33,42 +36,42 @@ def _start_worker(lock: Path) -> None:
     threading.Thread(target=end_with_builder, daemon=True).start()
 
 
-def write_missing(tasks: list[Task], workers: int, bar: Any) -> tuple[list[Part], int]:
+def write_missing(tasks: list[Task], workers: int, progress: bool) -> tuple[list[Part], int]:
     """Parts of all shards in their order, writing those that are not there yet; how many were there.
 
     Args:
         tasks: at least one.
         workers: processes; with 1 this process does the work.
-        bar: a tqdm bar that counts images.
+        progress: show images/s, MB/s and the time left on standard error.
 
     Raises:
         BadImageError, OSError: of the first shard that failed; those before it are finished.
     """
-    parts: dict[int, Part] = {}
-    missing: list[int] = []
-    for number, task in enumerate(tasks):
-        part = finished_part(task)
-        if part is None:
-            missing.append(number)
-        else:
+    there = {number: part for number, task in enumerate(tasks) if (part := finished_part(task)) is not None}
+    images = [len(task.samples) for task in tasks]
+    # What an earlier run finished is no part of the rate.
+    initial = sum(images[number] for number in there)
+    missing = [number for number in range(len(tasks)) if number not in there]
+    parts, image_bytes = dict(there), 0
+    with (
+        tqdm(total=sum(images), initial=initial, unit=" img", disable=not progress) as bar,
+        contextlib.closing(_written(tasks, missing, workers)) as written,
+    ):
+        for number, part in written:
             parts[number] = part
-            bar.update(len(task.samples))
-    reused = len(parts)
-    bar.unpause()
-    written_bytes = 0
+            image_bytes += int(part.table.columns["length"].sum())
+            seconds = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{image_bytes / 1e6 / seconds:.0f} MB/s", refresh=False)
+            bar.update(images[number])
+    return [parts[number] for number in range(len(tasks))], len(there)
 
-    def done(number: int, part: Part) -> None:
-        nonlocal written_bytes
-        parts[number] = part
-        written_bytes += part.shard.size
-        seconds = bar.format_dict["elapsed"]
-        bar.set_postfix_str(f"{written_bytes / 1e6 / max(seconds, 1e-9):.0f} MB/s", refresh=False)
-        bar.update(len(tasks[number].samples))
 
+def _written(tasks: list[Task], missing: list[int], workers: int) -> Generator[tuple[int, Part]]:
+    """Numbers and parts of shards as they are finished."""
     if min(workers, len(missing)) <= 1:
         for number in missing:
-            done(number, write_shard(tasks[number]))
-        return [parts[number] for number in range(len(tasks))], reused
+            yield number, write_shard(tasks[number])
+        return
 
     # A server that has imported everything forks clean workers; forking this process would copy
     # whatever threads and locks its caller has.
@@ -84,7 +87,7 @@ def write_missing(tasks: list[Task], workers: int, bar: Any) -> tuple[list[Part]
                 continue
             error = future.exception()
             if error is None:
-                done(futures[future], future.result())
+                yield futures[future], future.result()
                 continue
             failures[futures[future]] = error
             # Earlier shards were started earlier and go on, so the first fault is found on every run.
@@ -94,4 +97,3 @@ def write_missing(tasks: list[Task], workers: int, bar: Any) -> tuple[list[Part]
         pool.shutdown(wait=True, cancel_futures=True)
     if failures:
         raise failures[min(failures)]
-    return [parts[number] for number in range(len(tasks))], reused

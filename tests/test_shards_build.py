@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import shards
+from shards.keys import sample_key
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,19 +29,23 @@ def source(tmp_path: Path) -> Path:
     return write_tree(tmp_path / "source", plain_files())
 
 
-def test_photographs_keep_every_byte(photos_dir: Path, tmp_path: Path) -> None:
-    chosen = sorted(photos_dir.glob("*/*.JPEG"))[::10]
-    assert len(chosen) == 100
-    for path in chosen:
-        (tmp_path / "source" / path.parent.name).mkdir(parents=True)
-        (tmp_path / "source" / path.parent.name / path.name).symlink_to(path)
-    report = run(tmp_path / "source", tmp_path / "out", name="photos", samples_per_shard=30)
-    assert (report.samples, report.classes, report.shards) == (100, 100, 4)
+@pytest.mark.parametrize("target", ["tar", "beton"])
+def test_photographs_keep_every_byte(photos_dir: Path, tmp_path: Path, target: str) -> None:
+    files = sorted(photos_dir.glob("*/*.JPEG"))
+    assert len(files) == 1000
+    bounds = {"samples_per_shard": 300 if target == "tar" else None}
+    report = run(photos_dir, tmp_path / "out", target=target, **bounds)
+    assert (report.samples, report.classes, report.shards) == (1000, 1000, 4 if target == "tar" else 1)
+    assert report.counts.get("encoded", 0) == 0
     store = shards.open(tmp_path / "out")
-    assert contents(store) == {p.stem: (p.parent.name, p.read_bytes()) for p in chosen}
-    records = store.fetch(range(100))
+    records = store.fetch(range(1000))
     assert not records.fault.any()
-    assert [r.tobytes() for r in records.data] == [p.read_bytes() for p in chosen]
+    for i, path in enumerate(files):
+        data = path.read_bytes()
+        assert store.key(i) == sample_key(path.parent.name, path.name)
+        assert store.classes[store.label[i]] == path.parent.name
+        assert store.read(i).tobytes() == data
+        assert records.data[i].tobytes() == data
 
 
 def test_webdataset_reads_the_same_samples(source: Path, tmp_path: Path) -> None:
@@ -252,38 +257,55 @@ NAMES = st.text(
 ).filter(lambda name: not name.startswith(".") and len(name.encode()) < 240)
 
 
+CLASSES = ["a", "b.c", "ключ", "long" * 30]
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["a", "b.c", "ключ"]), NAMES, st.integers(0, 40), st.integers(0, 200_000)),
+        st.tuples(
+            st.sampled_from(CLASSES), NAMES, st.sampled_from([".jpg", ".JPEG", ".png"]), st.integers(0, 40)
+        ),
         min_size=1,
         max_size=12,
-        unique_by=lambda f: (f[0], f[1]),
-    )
+        unique_by=lambda f: f[:3],
+    ),
+    st.sampled_from([0, 0, 0, 1, 511, 70_000, 3_000_000]),
+    st.sampled_from(["tar", "beton"]),
+    st.one_of(st.none(), st.integers(0, 2**64 - 1)),
 )
-def test_any_files_come_back(files: list[tuple[str, str, int, int]]) -> None:
+def test_any_files_come_back(
+    files: list[tuple[str, str, str, int]], tail: int, target: str, seed: int | None
+) -> None:
+    """Names of any script, blanks and dots, keys over 100 characters or equal, sizes from 0 to several MB."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         wanted: dict[str, list[bytes]] = {}
-        for class_name, name, width, tail in files:
+        for class_name, name, extension, width in files:
             # Bytes after the end marker are tolerated, which makes files of any size; width 0 is damaged.
             data = encoded(width=width, height=3) + bytes(tail) if width else b""
-            write_tree(root / "source", {f"{class_name}/{name}.jpg": data})
+            write_tree(root / "source", {f"{class_name}/{name}{extension}": data})
             if data:
                 wanted.setdefault(class_name, []).append(data)
+        how = {"on_error": "skip", "target": target, "seed": seed}
         if not wanted:
             with pytest.raises(ValueError, match="images are damaged"):
-                run(root / "source", root / "out", on_error="skip")
+                run(root / "source", root / "out", **how)
             return
-        report = run(root / "source", root / "out", on_error="skip")
+        report = run(root / "source", root / "out", **how)
         assert report.samples + report.counts["rejected"] == len(files)
         store = shards.open(root / "out")
+        stored = [
+            (store.key(i), store.classes[store.label[i]], store.read(i).tobytes()) for i in range(len(store))
+        ]
         found: dict[str, list[bytes]] = {}
-        for class_name, data in contents(store).values():
+        for _, class_name, data in stored:
             found.setdefault(class_name, []).append(data)
         assert {c: sorted(d) for c, d in found.items()} == {c: sorted(d) for c, d in wanted.items()}
-        tars = [str(root / "out" / s.name) for s in store.header.shards if s.samples]
-        samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
-        assert [(s["__key__"], s["jpg"]) for s in samples] == [
-            (store.key(i), store.read(i).tobytes()) for i in range(len(store))
-        ]
+        keys = [key for key, _, _ in stored]
+        assert len(set(keys)) == len(keys)
+        assert all(0 < len(key.encode()) <= 90 and not set(key) & set("./ \n") for key in keys)
+        if target == "tar":
+            tars = [str(root / "out" / s.name) for s in store.header.shards if s.samples]
+            samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+            assert [(s["__key__"], s["jpg"]) for s in samples] == [(key, data) for key, _, data in stored]
