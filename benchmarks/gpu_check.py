@@ -129,6 +129,30 @@ def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
         ),
         benchmark("training", "--data", shard_set, "--threads", threads),
         benchmark("codebook", "--no-tests"),
+        (
+            "benchmark profile",  # writes profile.json
+            [
+                python,
+                "tools/profile_throughput.py",
+                "--recipe",
+                "recipes/paper.toml",
+                "--data",
+                shard_set,
+                "--pipeline.batch-global",
+                "256",
+                "--pipeline.threads",
+                threads,
+                "--rounds",
+                "3",
+                "--try",
+                "--sweep",
+                "batch",
+                "--device",
+                "cuda",
+                "--out",
+                str(work),
+            ],
+        ),
         *(
             (
                 f"compute-sanitizer {tool} {what}",

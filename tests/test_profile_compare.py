@@ -178,7 +178,7 @@ def test_the_page_does_without_what_was_not_measured() -> None:
     bare = made().model_copy(update={"timeline": [], "sweeps": [], "trials": [], "suggestions": []})
     bare = bare.model_copy(update={"stages": [s for s in bare.stages if not s.name.startswith("corrupt: ")]})
     said = page.page(bare)
-    assert "Timeline" not in said
+    assert "Timeline of" not in said
     assert "Corruption kinds" not in said
     assert "Nothing on the list would raise the rate by 2 %." in said
 

@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import html
 
+from tools.figures.page import folded, heading, note, table, tiles, title, verdicts
+from tools.figures.page import page as whole
 from tools.profiling import words
 from tools.profiling.table import LANE_WORDS, Profile, Span, Spread, Stage, Sweep
 
-_COLOUR = {"read": "#7a8b99", "graph": "#2a6fb0", "model": "#d08a26", "shown": "#b9c4cf"}
+_COLOUR = {"read": "#56b4e9", "graph": "#0072b2", "model": "#e69f00"}
+_MEASURED, _PREDICTED, _BETTER, _TRIED = "#0072b2", "#56b4e9", "#009e73", "#cc79a7"
 _PIECE = {
-    "data wait": "#c0392b",
-    "forward": "#d08a26",
-    "backward": "#b5651d",
-    "optimiser": "#8a6d3b",
-    "rest": "#d9dee3",
-    "read": "#7a8b99",
+    "data wait": "#d55e00",
+    "forward": "#e69f00",
+    "backward": "#b5781f",
+    "optimiser": "#cc79a7",
+    "rest": "#d8dee5",
+    "read": "#56b4e9",
 }
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 0 auto;
-       max-width: 1100px; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.2rem 0; }
-.tile { flex: 1 1 150px; border: 1px solid #d8dee5; border-radius: 8px; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.tile span, .note { color: #5b6875; font-size: .87rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .22rem .7rem; border-bottom: 1px solid #e5e9ee; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-code { overflow-wrap: anywhere; }
-.bar { display: grid; grid-template-columns: minmax(7.5rem, 13rem) 1fr; gap: .1rem .6rem; align-items: center;
-       font-size: .88rem; margin: .18rem 0; }
-.bar i { position: relative; height: 1.25rem; background: #f3f5f7; border-radius: 3px; display: block; }
-.bar i u { position: absolute; top: 0; bottom: 0; border-radius: 3px; min-width: 2px; }
-.bar i em { position: absolute; left: .35rem; font-style: normal; line-height: 1.25rem; white-space: nowrap;
-            font-variant-numeric: tabular-nums; text-shadow: 0 0 3px #fff, 0 0 3px #fff, 0 0 3px #fff; }
-.bar.limit span { font-weight: 700; }
+.bar { display: grid; grid-template-columns: 12rem 1fr 12rem; gap: 0 .7rem; align-items: center;
+       font-size: .88rem; margin: .18rem 0; font-variant-numeric: tabular-nums; }
+.bar > * { overflow-wrap: anywhere; }
+.bar i { position: relative; height: 1.1rem; background: #f3f5f7; border-radius: 3px; display: block; }
+.bar i u { position: absolute; top: 0; bottom: 0; border-radius: 3px; min-width: 2px; max-width: 100%; }
+@media (max-width: 700px) {
+  .bar { grid-template-columns: 1fr auto; margin: .45rem 0; }
+  .bar i { grid-row: 2; grid-column: 1 / 3; height: .8rem; }
+}
+.bar b { font-weight: 400; } .bar.limit span, .bar.limit b { font-weight: 700; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .87rem; color: #5b6875; }
 .key i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem; }
-svg { width: 100%; height: auto; display: block; } li { margin: .3rem 0; }
+svg { width: 100%; height: auto; display: block; } li { margin: .3rem 0; overflow-wrap: anywhere; }
 """
 
 
@@ -47,14 +40,11 @@ def _e(text: object) -> str:
     return html.escape(str(text))
 
 
-def _tile(value: str, meaning: str) -> str:
-    return f'<div class="tile"><b>{_e(value)}</b><span>{_e(meaning)}</span></div>'
-
-
 def _bar(name: str, start_pct: float, width_pct: float, colour: str, text: str, limit: bool = False) -> str:
     return (
         f'<div class="bar{" limit" if limit else ""}"><span>{_e(name)}</span><i>'
-        f'<u style="left:{start_pct:.2f}%;width:{width_pct:.2f}%;background:{colour}"></u><em>{_e(text)}</em></i></div>'
+        f'<u style="left:{min(start_pct, 99.8):.2f}%;width:{width_pct:.2f}%;background:{colour}"></u></i>'
+        f"<b>{_e(text)}</b></div>"
     )
 
 
@@ -71,7 +61,7 @@ def waterfall(profile: Profile) -> str:
     limiting = profile.verdict.limits[0].stage if profile.verdict.limits else ""
     parts = []
     for lane, lane_words in LANE_WORDS.items():
-        parts.append(f"<p class=note>{_e(lane_words)}: {1000 * lengths[lane]:.3g} ms per image</p>")
+        parts.append(note(f"{lane_words}: {1000 * lengths[lane]:.3g} ms per image"))
         at_s = 0.0
         for stage in counted:
             if stage.lane == lane and stage.wall_s is not None:
@@ -94,12 +84,10 @@ def waterfall(profile: Profile) -> str:
 def rates(profile: Profile) -> str:
     """Return bars of images per second: the whole, its halves, what was predicted, what would be without the limit."""
     v = profile.verdict
-    rows = [(name, spread.p50, "#2a6fb0", _range(spread)) for name, spread in profile.rates_img_s.items()]
-    rows.append(("predicted from stages", v.predicted_img_s, "#8fb4d9", ""))
-    rows += [(f"without {x.stage}", x.rate_if_free_img_s, "#2e8b57", "predicted") for x in v.limits[:1]]
-    rows += [
-        (t.change.replace("--pipeline.", ""), t.rate_img_s.p50, "#8e6bb0", "tried") for t in profile.trials
-    ]
+    rows = [(name, spread.p50, _MEASURED, _range(spread)) for name, spread in profile.rates_img_s.items()]
+    rows.append(("predicted from stages", v.predicted_img_s, _PREDICTED, ""))
+    rows += [(f"without {x.stage}", x.rate_if_free_img_s, _BETTER, "predicted") for x in v.limits[:1]]
+    rows += [(t.change.replace("--pipeline.", ""), t.rate_img_s.p50, _TRIED, "tried") for t in profile.trials]
     most = max(rate for _, rate, _, _ in rows)
     return "".join(
         _bar(name, 0, 100 * rate / most, colour, f"{rate:.4g} {note}") for name, rate, colour, note in rows
@@ -167,22 +155,18 @@ def _ms(spread: Spread | None) -> str:
 
 def stage_table(stages: list[Stage], ranks: int) -> str:
     """Return every stage with its times."""
-    head = "".join(f"<th>{t}</th>" for t in ("stage", "ms/image", "CPU ms", "GPU ms", "images/s alone", ""))
-    body = ""
+    rows = []
     for s in stages:
         rate = f"{ranks / s.wall_s.p50:.4g}" if s.wall_s and s.wall_s.p50 else "–"
-        name = f"({_e(s.name)})" if s.lane == "shown" else _e(s.name)
-        body += (
-            f"<tr><td>{name}</td><td>{_ms(s.wall_s)}</td><td>{_ms(s.cpu_s)}</td><td>{_ms(s.device_s)}</td>"
-            f'<td>{rate}</td><td style="text-align:left">{_e(s.note)}</td></tr>'
-        )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        name = f"({s.name})" if s.lane == "shown" else s.name
+        rows.append((name, _ms(s.wall_s), _ms(s.cpu_s), _ms(s.device_s), rate, s.note))
+    return table(("stage", "ms/image", "CPU ms", "GPU ms", "images/s alone", ""), rows)
 
 
 def sweep_part(sweep: Sweep) -> str:
     """Return a sweep as bars."""
     best = max((p.rate_img_s.p50 for p in sweep.points if p.rate_img_s), default=1.0)
-    parts = [f"<h2>Rate over {_e(sweep.setting)}</h2>"]
+    parts = [heading(f"Rate over {sweep.setting}")]
     for p in sweep.points:
         name = f"{p.value}{' (knee)' if p.value == sweep.knee else ''}"
         if p.rate_img_s is None:
@@ -192,70 +176,75 @@ def sweep_part(sweep: Sweep) -> str:
             f"{p.rate_img_s.p50:.4g} images/s, efficiency {100 * (p.efficiency or 0):.0f} %, epoch "
             f"{words.hours(p.hours_per_epoch or 0)}"
         )
-        colour = "#2e8b57" if p.value == sweep.knee else "#2a6fb0"
+        colour = _BETTER if p.value == sweep.knee else _MEASURED
         parts.append(_bar(name, 0, 100 * p.rate_img_s.p50 / best, colour, text))
     return "".join(parts)
+
+
+def _listed(lines: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{_e(line)}</li>" for line in lines) + "</ul>"
 
 
 def page(profile: Profile) -> str:
     """Return the HTML of a profile."""
     v, env, machine = profile.verdict, profile.environment, profile.machine
     first = v.limits[0] if v.limits else None
-    title = f"{profile.settings.get('model.trunk', 'model')} at {profile.settings.get('pipeline.image_size')} px: "
-    title += f"{v.measured_img_s:.4g} images/s"
-    note = (
+    name = (
+        f"{profile.settings.get('model.trunk', 'model')} at {profile.settings.get('pipeline.image_size')} px: "
+        f"{v.measured_img_s:.4g} images/s"
+    )
+    where = (
         f"{machine.ranks} process(es), {profile.batch_per_rank} images each, {profile.settings.get('precision')}; "
         f"{machine.name}, {machine.cores:.2f} CPU cores per process, GPU: {env.get('gpu')}; {env.get('date')}, commit "
         f"{env.get('commit')}."
     )
-    tiles = [
-        _tile(f"{v.measured_img_s:.4g}", "images per second, measured"),
-        _tile(f"{v.predicted_img_s:.4g}", "predicted from the stages"),
-        _tile(first.stage if first else "–", "limiting stage"),
-        _tile(f"{first.rate_if_free_img_s:.4g}" if first else "–", "images per second were it free"),
-        _tile(f"{v.data_wait_pct:.1f} %", "of the time waiting for data"),
-        _tile("no GPU" if v.gpu_busy_pct is None else f"{v.gpu_busy_pct:.0f} %", "GPU busy"),
-        _tile(f"{v.mfu_pct:.1f} %", "model FLOP utilisation"),
-        _tile(words.hours(v.hours_per_epoch), "an epoch"),
+    numbers = [
+        (f"{v.measured_img_s:.4g}", "images per second, measured"),
+        (f"{v.predicted_img_s:.4g}", "predicted from the stages"),
+        (first.stage if first else "–", "limiting stage"),
+        (f"{first.rate_if_free_img_s:.4g}" if first else "–", "images per second were it free"),
+        (f"{v.data_wait_pct:.1f} %", "of the time waiting for data"),
+        ("no GPU" if v.gpu_busy_pct is None else f"{v.gpu_busy_pct:.0f} %", "GPU busy"),
+        (f"{v.mfu_pct:.1f} %", "model FLOP utilisation"),
+        (words.hours(v.hours_per_epoch), "an epoch"),
     ]
-
-    def listed(lines: list[str]) -> str:
-        return "<ul>" + "".join(f"<li>{_e(line)}</li>" for line in lines) + "</ul>"
-
     parts = [
-        f"<h1>{_e(title)}</h1><p class=note>{_e(note)}</p>",
-        f'<div class="tiles">{"".join(tiles)}</div>',
-        "<h2>Verdict</h2>",
-        listed(words.verdict_lines(profile) + profile.warnings),
-        "<h2>What would help</h2>",
-        listed(words.suggestion_lines(profile)),
+        f"<style>{_STYLE}</style>",
+        title(name),
+        note(where),
+        tiles(numbers),
+        heading("Verdict"),
+        verdicts(words.verdict_lines(profile)),
+        *(note(warning) for warning in profile.warnings),
+        heading("What would help"),
+        _listed(words.suggestion_lines(profile)),
     ]
     if profile.trials:
-        parts += ["<h2>Tried, in turns with the run as it is</h2>", listed(words.trial_lines(profile))]
+        parts += [heading("Tried, in turns with the run as it is"), _listed(words.trial_lines(profile))]
     parts += [
-        "<h2>Images per second</h2>",
+        heading("Images per second"),
         rates(profile),
-        "<h2>Where the time of one image goes</h2>",
-        "<p class=note>The lanes work side by side; within a lane stages follow one another. The limiting stage is "
-        "bold.</p>",
+        heading("Where the time of one image goes"),
+        note(
+            "The lanes work side by side; within a lane stages follow one another. The limiting stage is bold."
+        ),
         waterfall(profile),
     ]
     if any(s.name.startswith("corrupt: ") for s in profile.stages):
-        parts += ["<h2>Corruption kinds</h2>", kinds(profile)]
+        parts += [heading("Corruption kinds"), kinds(profile)]
     if profile.timeline:
-        parts += ["<h2>Timeline</h2>", timeline(profile.timeline)]
+        parts += [heading("Timeline of a few training steps"), timeline(profile.timeline)]
     parts += [sweep_part(sweep) for sweep in profile.sweeps]
-    settings = "".join(f"<tr><td>{_e(k)}</td><td>{_e(x)}</td></tr>" for k, x in profile.settings.items())
+    settings = [(key, str(value)) for key, value in profile.settings.items()]
     parts += [
-        "<h2>Every stage</h2>",
-        "<p class=note>Milliseconds per image of one process, median ± half the distance from the 20th to the 80th "
-        "percentile. In brackets: part of another stage, or an alternative to it.</p>",
+        heading("Every stage"),
+        note(
+            "Milliseconds per image of one process, median ± half the distance from the 20th to the 80th percentile. "
+            "In brackets: part of another stage, or an alternative to it."
+        ),
         stage_table(profile.stages, machine.ranks),
-        "<h2>Configuration</h2>",
-        f'<p class=note><code>{_e(env.get("command"))}</code></p><div class="scroll"><table>{settings}</table></div>',
+        heading("Configuration"),
+        f"<p class=note><code>{_e(env.get('command'))}</code></p>",
+        folded("every setting", table(("setting", ""), settings)),
     ]
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{_e(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+    return whole(name, parts)
