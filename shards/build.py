@@ -39,6 +39,8 @@ from shards.write_shard import BadImageError, write_shard
 
 __all__ = ["BuildOptions", "BuildReport", "build"]
 
+_WHOLE_AGAIN = f"delete {HEADER_NAME} and the file and run the command without --only to build the set again"
+
 
 def _already_built(options: BuildOptions, source: str, classes: list[str]) -> Header | None:
     """The header of the finished set in the output folder, if it is the one that is asked for.
@@ -68,8 +70,12 @@ def _already_built(options: BuildOptions, source: str, classes: list[str]) -> He
             continue
         if not path.is_file() or path.stat().st_size != shard.size:
             raise ValueError(
-                f"{path}: missing or of another size than {HEADER_NAME} says; bring it back, or write "
-                f"it again with the same command and --only {number}"
+                f"{path}: missing or of another size than {HEADER_NAME} says; bring it back, or "
+                + (
+                    _WHOLE_AGAIN
+                    if one_file(options)
+                    else f"write it again with the same command and --only {number}"
+                )
             )
     return header
 
@@ -120,6 +126,10 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
         return report(None, sum(finished_part(task) is not None for task in tasks), False)
     work = options.out / WORK
     header = _already_built(options, source, listing.classes)
+    if options.only is not None and one_file(options):
+        raise ValueError(
+            f"{options.out}: the set is one file, and --only is for one of several; {_WHOLE_AGAIN}"
+        )
     if options.only is not None and (header is None or options.only >= len(tasks)):
         found = f"has shards 0..{len(tasks) - 1}" if header else f"has no {HEADER_NAME}"
         raise ValueError(
@@ -155,7 +165,8 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free_gb = shutil.disk_usage(options.out).free / 1e9
+        there = next(folder for folder in (options.out, *options.out.absolute().parents) if folder.exists())
+        free_gb = shutil.disk_usage(there).free / 1e9
         raise OSError(
             error.errno,
             f"no space left in {options.out}: the set needs about {image_bytes / 1e9:.1f} GB, "

@@ -21,9 +21,12 @@ class BuildOptions:
     """What to build, from what, and how."""
 
     source: Path
-    """Folder SOURCE/<class>/<image>; ILSVRC2012_img_train.tar, or a folder of its class tars;
-    ILSVRC2012_img_val.tar (with --labels); a .csv or .jsonl list of `path` and `label` or `class`; a shard set,
-    WebDataset tars (a folder, one tar, or a pattern with braces); or a .beton."""
+    """What to build from, one of:
+    a folder SOURCE/<class>/<image>,
+    ILSVRC2012_img_train.tar, or a folder of its class tars,
+    ILSVRC2012_img_val.tar, with --labels,
+    a .csv or .jsonl list of `path` and `label` or `class`,
+    a shard set, WebDataset tars (a folder, one tar, a pattern with braces), or a .beton."""
     out: Path
     """Folder for the shard set; made where it is not there."""
     name: FileName
@@ -31,8 +34,10 @@ class BuildOptions:
     target: Literal["tar", "beton"] = "tar"
     """Kind of the shards: WebDataset tars, or FFCV .beton (one file unless a bound on the shards is given)."""
     labels: Path | None = None
-    """Classes for a tar of images alone: the ILSVRC2012 devkit (.tar.gz or folder), LOC_val_solution.csv, a text
-    file of `image class` lines, or of one class a line in the order of the sorted images."""
+    """Classes for a tar of images alone, one of:
+    ILSVRC2012_devkit_t12.tar.gz, or its folder,
+    LOC_val_solution.csv,
+    a text file with lines `image class`, or with one class a line in the order of the sorted images."""
     classes: Path | None = None
     """File with the class names, one a line, in the order of their labels; sorted names without it."""
     samples_per_shard: Annotated[int, Field(ge=1)] | None = None
@@ -96,6 +101,7 @@ class BuildReport:
     """In the set; in a dry run, in the source."""
     classes: int
     shards: int
+    """Files with records; of a set that is one file, the pieces it is built from."""
     reused_shards: int
     """Of `shards`, those that an earlier run had finished."""
     image_bytes: int

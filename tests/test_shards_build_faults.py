@@ -238,3 +238,26 @@ def test_workers_of_a_killed_builder_are_waited_for(
         run(source, tmp_path / "out")
     os.close(fd)
     assert run(source, tmp_path / "out").built
+
+
+def test_a_lost_beton_is_built_again_as_a_whole(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    how = {"target": "beton", "samples_per_shard": None}
+    run(source, out, **how)
+    before = digests(out)
+    (out / "set.beton").unlink()
+    with pytest.raises(
+        ValueError, match=r"set\.beton: missing or of another size .* delete manifest\.json and the file"
+    ):
+        run(source, out, **how)
+    with pytest.raises(ValueError, match=r"the set is one file, and --only is for one of several"):
+        run(source, out, only=0, **how)
+    (out / "manifest.json").unlink()
+    run(source, out, **how)
+    assert digests(out) == before
+    # Several .beton files are shards like others.
+    run(source, tmp_path / "several", target="beton")
+    before = digests(tmp_path / "several")
+    (tmp_path / "several" / "set-000001.beton").write_bytes(b"")
+    assert run(source, tmp_path / "several", target="beton", only=1).reused_shards == 3
+    assert digests(tmp_path / "several") == before

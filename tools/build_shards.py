@@ -1,6 +1,8 @@
-"""Build a shard set from a folder of images.
+"""Build a shard set: WebDataset tars or an FFCV .beton, from a folder, archives, a list, or other shards.
 
 python tools/build_shards.py --source ILSVRC/train --out /data/imagenet-train --name imagenet-train
+
+Killed or interrupted at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import sys
 import tyro
 
 from shards.build import BuildOptions, build
+from shards.lists import ODDITIES_NAME, REJECTED_NAME
+from shards.plan import one_file
 
 
 def main() -> int:
@@ -22,18 +26,20 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    size = f"{report.samples} images of {report.classes} classes, {report.image_bytes / 1e6:.1f} MB"
+    size = f"{report.samples} images of {report.classes} classes, {report.image_bytes / 1e6:.1f} MB in the source"
+    shards = f"{report.shards} {'pieces of one file' if one_file(options) else 'shards'}"
     if options.dry_run:
-        print(f"would build {report.shards} shards ({report.reused_shards} are finished) from {size}")
+        print(f"would build {shards} ({report.reused_shards} are finished) from {size}")
     elif not report.built:
-        print(f"nothing to do: {options.out} already holds {size} in {report.shards} shards")
+        print(f"nothing to do: {options.out} already holds {size} in {shards}")
     else:
-        print(f"{options.out}: {size} in {report.shards} shards ({report.reused_shards} from an earlier run)")
+        print(f"{options.out}: {size} in {shards} ({report.reused_shards} from an earlier run)")
     for kind, count in report.counts.items():
         if count:
             print(f"  {kind}: {count}")
-    if report.counts.get("rejected"):
-        print(f"  the rejected files and why: {options.out / 'rejected.csv'}")
+    for name in (REJECTED_NAME, ODDITIES_NAME):
+        if (options.out / name).is_file() and not options.dry_run:
+            print(f"  file by file: {options.out / name}")
     if report.ignored:
         print(f"  passed over {report.ignored} files that are not named as images")
     return 0
