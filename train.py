@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
 from tqdm import tqdm
@@ -70,11 +71,25 @@ def train(command: TrainCommand) -> int:
         raise ValueError(
             f"{config.val} and {config.data} have different class lists; build both from the same classes"
         )
-    total = config.total_steps(len(store))
-    steps_per_epoch = len(store) / config.pipeline.batch_global
-
+    config.total_steps(len(store))  # refuses a run without a length before anything is set up
     start = starting_point(command.resume, config, store.classes)
     accelerator = make_accelerator(config)
+    with Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
+        return run(command, config, store, val_store, start, accelerator, heartbeat)
+
+
+def run(
+    command: TrainCommand,
+    config: RunConfig,
+    store: shards.Store,
+    val_store: shards.Store | None,
+    start: checkpoint.Checkpoint | None,
+    accelerator: Accelerator,
+    heartbeat: Heartbeat,
+) -> int:
+    """Set up model, data and everything that watches, and train; returns the exit code. On every process."""
+    total = config.total_steps(len(store))
+    steps_per_epoch = len(store) / config.pipeline.batch_global
     main = accelerator.is_main_process
     # numpy takes no larger seed; nothing of ours uses these generators but initial weights
     set_seed(config.seed % 2**32)
@@ -184,7 +199,6 @@ def train(command: TrainCommand) -> int:
     try:
         with (
             StopRequest() as stop,
-            Heartbeat(lost_after_s=config.lost_after_s) as heartbeat,
             Watchdog(
                 loader.reading, warn_s=config.data_warn_s, stop_s=config.data_stop_s, stop=heartbeat.fail
             ) as watchdog,

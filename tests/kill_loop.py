@@ -2,9 +2,9 @@
 
     python tests/kill_loop.py --kills 20 --out benchmarks/results/kill_resume.json
 
-Two CPU processes. Every third kill hits a checkpoint that is being written; the others come some random steps after
-the start. Every other kill hits one process only, so that the other one has to notice. Afterwards final weights,
-optimiser, losses and metrics must be bit-equal, with every step in the log once.
+Two CPU processes. Of six kills two hit a checkpoint that is being written and one the start-up; the others come some
+random steps after the start. About half of them hit one process only, so that the other one has to notice.
+Afterwards weights, optimiser and metrics must be bit-equal, with every step in the log once.
 """
 
 from __future__ import annotations
@@ -39,22 +39,34 @@ def newest(out: Path) -> int:
     return max((int(name.removeprefix("step_")) for name in names), default=0)
 
 
+def inode(out: Path) -> int:
+    """Return the metrics file's number: a run that goes on puts a new file in its place first."""
+    path = out / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else 0
+
+
 def disturb(
-    process: Ranks, out: Path, randomness: random.Random, *, in_write: bool, one: bool
+    arguments: list[str], out: Path, log: Path, randomness: random.Random, *, when: str, one: bool
 ) -> dict[str, Any]:
-    """Kill processes at a random moment; returns what was done, and how long the others lived."""
+    """Start, kill processes at a random moment, and wait for all; returns what was done and seen.
+
+    Args:
+        when: "start" (while the processes come up), "write" (of a checkpoint) or "step".
+        one: kill one process only.
+    """
     begin = newest(out)
     target = begin + randomness.randint(1, 5)
-    deadline_s = time.monotonic() + 120
-    writing = False
-    while time.monotonic() < deadline_s:
-        writing = any(out.glob("checkpoints/step_*.tmp"))
-        reached = last_step(out) >= target
-        if (writing and in_write) or (reached and not in_write) or process.poll():
+    stale = inode(out)
+    process = Ranks([*arguments, "--out", str(out), "--resume", "auto"], 2, log).start()
+    deadline_s = time.monotonic() + (randomness.uniform(0, 3) if when == "start" else 240)
+    while time.monotonic() < deadline_s and not process.poll():
+        if when == "write" and any(out.glob("checkpoints/step_*.tmp")) and inode(out) != stale:
+            break
+        if when == "step" and inode(out) != stale and last_step(out) >= target:
             break
         time.sleep(0.001)
     if process.poll():
-        raise RuntimeError(f"the run ended before it was killed:\n{process.log.read_text()[-3000:]}")
+        raise RuntimeError(f"the run ended before it was killed:\n{log.read_text()[-3000:]}")
     time.sleep(randomness.uniform(0, 0.03))
     victims = [randomness.randrange(process.ranks)] if one else list(range(process.ranks))
     partial = [p.name for p in out.glob("checkpoints/step_*.tmp")]
@@ -62,6 +74,7 @@ def disturb(
     killed_s = time.monotonic()
     codes = process.wait(WITHIN_S)
     return {
+        "when": when,
         "resumed_from": begin,
         "killed_ranks": victims,
         "step_in_log": last_step(out),
@@ -104,18 +117,16 @@ def differences(a: Path, b: Path) -> list[str]:
 def kill_loop(shards: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Run undisturbed and with kills; returns the result as it is written to the file."""
     arguments = ["--recipe", str(ROOT / "tests" / "tiny.toml"), "--data", str(shards), "--steps", str(STEPS)]
-    arguments += ["--checkpoint-every", "3", "--lost-after-s", "10"]
+    arguments += ["--checkpoint-every", "3", "--lost-after-s", "10", "--join-within-s", "20"]
     calm, disturbed = folder / "calm", folder / "disturbed"
     folder.mkdir(parents=True, exist_ok=True)
     run([*arguments, "--out", str(calm)], 2, folder / "calm.log")
     randomness = random.Random(seed)
     done = []
     for number in range(kills):
-        process = Ranks(
-            [*arguments, "--out", str(disturbed), "--resume", "auto"], 2, folder / "disturbed.log"
-        )
-        process.start()
-        done.append(disturb(process, disturbed, randomness, in_write=number % 3 == 2, one=bool(number % 2)))
+        when = ("step", "step", "write", "step", "start", "write")[number % 6]
+        log = folder / f"kill{number}.log"
+        done.append(disturb(arguments, disturbed, log, randomness, when=when, one=randomness.random() < 0.5))
         print(json.dumps(done[-1]), flush=True)
     run([*arguments, "--out", str(disturbed), "--resume", "auto"], 2, folder / "disturbed.log")
     return {

@@ -12,10 +12,10 @@ from pipeline.loader import TrainingBatch
 
 
 class Audit:
-    """Appends to audit_rank<R>.jsonl one line per micro-batch: step, sample ids, kinds, severities, and the
-    xxh3-64 of each image's normalised float32 pixels in HWC order.
+    """Appends to audit_rank<R>.jsonl one line per micro-batch: step, stream positions, sample ids, kinds,
+    severities, and the xxh3-64 of each image's normalised float32 pixels in HWC order.
 
-    After a restart a step may stand there twice; the last one counts.
+    Steps that were repeated after a restart stand there twice, with the same values.
 
     Args:
         folder: the run's folder.
@@ -30,6 +30,7 @@ class Audit:
         """Write down a micro-batch of optimiser step `step` (from 1)."""
         record = {
             "step": step,
+            "position": batch.position.tolist(),
             "sample_id": batch.sample_id.tolist(),
             "kind": batch.kind.tolist(),
             "severity": batch.severity.tolist(),

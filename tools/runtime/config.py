@@ -87,6 +87,9 @@ class RunConfig(BaseModel):
     data_stop_s: float = Field(1800, gt=0)
     """A wait for data this long ends the run with exit code 74."""
 
+    join_within_s: float = Field(300, gt=0)
+    """Time that all processes have to come together at the start; after it a process that waits ends."""
+
     lost_after_s: float = Field(45, gt=0)
     """A process of which the others hear nothing for so long is named and the run ends."""
 
@@ -162,6 +165,7 @@ FREE_ON_RESUME = frozenset(
         "cpu_affinity",
         "data_warn_s",
         "data_stop_s",
+        "join_within_s",
         "lost_after_s",
         "host_limit_gib",
         "audit",

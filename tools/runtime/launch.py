@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from tools.runtime import affinity, trackers
 from tools.runtime.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 # Of one collective. Heartbeats find a lost process long before; this is for what they cannot see.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -36,6 +39,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     )
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     affinity.bind(config.cpu_affinity, device, local, processes)
+    alone = threading.Timer(config.join_within_s, _alone, (config.join_within_s,))
+    alone.daemon = True
+    alone.start()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         log_with=trackers.checked(config.trackers),
@@ -43,12 +49,27 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
     )
+    alone.cancel()
     if config.sync_bn and accelerator.device.type != "cuda":
         raise ValueError(
             "sync_bn needs GPUs: torch has no synchronised batch normalisation for the CPU; leave it out, or say "
             "model.freeze_bn = true"
         )
     return accelerator
+
+
+def _alone(waited_s: float) -> None:
+    """End a process that the others did not join."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    log.critical(
+        "rank %s of %s waited %g s at %s for all processes to join (join_within_s): one did not start, died, or cannot "
+        "reach this address; see the other processes' output",
+        os.environ.get("RANK", "0"),
+        os.environ.get("WORLD_SIZE", "1"),
+        waited_s,
+        where,
+    )
+    os._exit(1)
 
 
 def as_configured(net: nn.Module, config: RunConfig) -> nn.Module:

@@ -1,0 +1,282 @@
+"""What stops a run, and how: values that are not finite, stuck data, signals, memory, lost processes, full disks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+import train
+from pipeline.config import PipelineConfig
+from pipeline.loader import TrainingLoader
+from tools.runtime import affinity, checkpoint, step, trackers, watchdog
+from tools.runtime.config import parse_command
+from tools.runtime.guard import FiniteGuard
+from tools.runtime.interrupt import Stop, StopRequest
+from tools.runtime.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny.toml"
+
+
+def run(shards: Path, out: Path, *more: str) -> int:
+    arguments = ["--recipe", str(TINY), "--data", str(shards), "--out", str(out), *more]
+    return train.train(parse_command(train.TrainCommand, arguments))
+
+
+# Values that are not finite
+
+
+@pytest.fixture
+def poisoned(picture_shards: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One image of optimiser step 6 (from 1) has a NaN; returns a list with its sample id, once it was met."""
+    met: list[int] = []
+    original = step.prepare
+
+    def prepare(batch: Any, *arguments: Any, **named: Any) -> Any:
+        made = original(batch, *arguments, **named)
+        if batch.position[0] == 5 * 8:
+            made.images[2, 1, 4, 4] = torch.nan
+            met.append(int(batch.sample_id[2]))
+        return made
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    return met
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_samples(
+    picture_shards: Path, tmp_path: Path, poisoned: list[int]
+) -> None:
+    # With batch statistics one image spoils all; frozen ones leave it alone.
+    with pytest.raises(FloatingPointError, match="loss or gradients of step 6 are not finite") as error:
+        run(picture_shards, tmp_path, "--model.freeze-bn", "--optim.lr", "1e-4")
+    assert f"samples [{poisoned[0]}] of this process's 8" in str(error.value)
+    assert "go on from an older checkpoint" in str(error.value)
+    assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [4]
+    (path,) = tmp_path.glob("not_finite_step_000006_rank0.pt")
+    (part,) = torch.load(path, weights_only=True)
+    assert poisoned[0] in part["sample_id"].tolist()
+    loader = TrainingLoader(
+        shards.open(picture_shards), PipelineConfig(image_size=32, constants="imagenet", batch_global=8, threads=1,
+        kinds=("gaussian_noise", "brightness", "contrast")), seed=0)  # fmt: skip
+    loader.seek(5)
+    assert torch.equal(part["images"], next(loader).images)  # what the stream gave: the NaN came after it
+    loader.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
+
+
+def test_no_checkpoint_is_made_of_a_step_that_is_not_finite(
+    picture_shards: Path, tmp_path: Path, poisoned: list[int]
+) -> None:
+    with pytest.raises(FloatingPointError, match="step 6"):
+        run(picture_shards, tmp_path, "--checkpoint-every", "6", "--model.freeze-bn")
+    assert checkpoint.complete(tmp_path / "checkpoints") == []
+
+
+def test_the_guard_remembers_the_first_bad_step() -> None:
+    guard = FiniteGuard()
+    for number, flags in enumerate([[True, True], [True, False], [False, True]], start=1):
+        guard.images(torch.tensor([10 * number, 10 * number + 1]), torch.tensor(flags))
+        guard.step(number, torch.tensor(True))
+    assert (guard.bad_step, guard.bad_samples) == (2, [21])
+
+
+def test_gradients_alone_can_be_bad() -> None:
+    guard = FiniteGuard()
+    guard.images(torch.tensor([4, 5]), torch.tensor([True, True]))
+    guard.step(1, torch.tensor(False))
+    assert (guard.bad_step, guard.bad_samples) == (1, [])
+
+
+# Data that does not come
+
+
+def test_a_stuck_source_is_reported_with_what_it_reads(
+    picture_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = shards.open(picture_shards)
+    released = threading.Event()
+    fetch = store.fetch
+
+    def stuck(ids: Any, *arguments: Any, **named: Any) -> Any:
+        released.wait(30)
+        return fetch(ids, *arguments, **named)
+
+    monkeypatch.setattr(store, "fetch", stuck)
+    config = PipelineConfig(image_size=32, batch_global=4, kinds=(), threads=1, constants="imagenet")
+    loader = TrainingLoader(store, config, seed=0)
+    with watchdog.Watchdog(loader.reading, warn_s=0.2, stop_s=60, stop=print) as dog:
+        threading.Timer(1.0, released.set).start()
+        with dog.waiting():
+            batch = next(loader)
+        time.sleep(0.5)  # no wait: nothing more is reported
+    first = store.location(int(batch.sample_id[0]))
+    messages = [record.getMessage() for record in caplog.records if "no training data" in record.getMessage()]
+    assert 1 <= len(messages) <= 5
+    assert "reading batch 0 (4 records from pictures-00000" in messages[0]
+    assert f"first {first}) for " in messages[0]
+    loader.close()
+
+
+def test_a_source_stuck_for_too_long_ends_the_run() -> None:
+    script = (
+        "import logging, time\n"
+        "from tools.runtime.watchdog import Watchdog\n"
+        "logging.basicConfig()\n"
+        "with Watchdog(lambda: 'reading shard 7', warn_s=0.2, stop_s=0.5, stop=lambda m: print('told', m)) as dog:\n"
+        "    with dog.waiting():\n"
+        "        time.sleep(30)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == watchdog.EXIT_CODE == 74
+    assert "told no training data for" in ended.stdout
+    assert "reading shard 7; the run ends (data_stop_s = 0.5)" in ended.stderr
+
+
+# Signals and memory
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_signals_save_and_exit_with_their_code(
+    picture_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    before = signal.getsignal(number)
+    original = StopRequest.agreed
+    calls = []
+
+    def agreed(self: StopRequest) -> Stop:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "agreed", agreed)
+        assert run(picture_shards, tmp_path, "--steps", "20") == code
+    assert "stopped after step 2 of 20; go on with --resume auto" in capsys.readouterr().out
+    assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [2]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["exit_code"], status["step"], status["total"]) == (code, 2, 20)
+    assert signal.getsignal(number) == before
+
+
+def test_too_much_memory_saves_and_stops(
+    picture_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(picture_shards, tmp_path, "--host-limit-gib", "0.01", "--log-every", "3") == 75
+    assert "stopped after step 3 of 12: a process holds more than 0.01 GiB" in capsys.readouterr().out
+    assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [3]
+
+
+def test_the_most_serious_reason_counts() -> None:
+    stop = StopRequest()
+    for reason in (Stop.PREEMPTED, Stop.NOT_FINITE, Stop.INTERRUPTED):
+        stop.request(reason)
+    assert stop.agreed() is Stop.NOT_FINITE
+    assert Stop.NOT_FINITE.exit_code == 1
+
+
+# CPUs
+
+
+def test_kernel_lists_of_cpus() -> None:
+    assert affinity.parse_cpu_list("0-3,8,10-11\n") == [0, 1, 2, 3, 8, 10, 11]
+    assert affinity.parse_cpu_list("\n") == []
+
+
+def test_processes_share_cpus_in_numa_order(tmp_path: Path) -> None:
+    for node, cpus in ((0, "0-1,4-5"), (1, "2-3,6-7")):
+        folder = tmp_path / "devices/system/node" / f"node{node}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(cpus + "\n")
+    nodes = affinity.numa_nodes(tmp_path)
+    assert nodes == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    parts = [affinity.share(range(8), nodes, i, 2) for i in range(2)]
+    assert parts == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    assert affinity.share({1, 2, 3}, nodes, 1, 2) == {2, 3}
+    three = [affinity.share(range(8), nodes, i, 3) for i in range(3)]
+    assert sorted(cpu for part in three for cpu in part) == list(range(8))
+    with pytest.raises(ValueError, match="a CPU for each of 3 processes and there are 2"):
+        affinity.share({0, 1}, nodes, 0, 3)
+
+
+def test_a_gpus_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu:
+        pci_domain_id, pci_bus_id, pci_device_id = 0, 0x1B, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
+    node = tmp_path / "devices/system/node/node0"
+    node.mkdir(parents=True)
+    (node / "cpulist").write_text("0-3\n")
+    device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r"no usable CPU near GPU 0000:1b:00\.0 \(NUMA node -1\)"):
+        affinity.of_gpu(range(8), device, tmp_path)
+    place = tmp_path / "bus/pci/devices/0000:1b:00.0"
+    place.mkdir(parents=True)
+    (place / "numa_node").write_text("0\n")
+    assert affinity.of_gpu({2, 3, 4}, device, tmp_path) == {2, 3}
+    with pytest.raises(ValueError, match="goes by the GPU's node and there is no GPU"):
+        affinity.of_gpu(range(8), torch.device("cpu"), tmp_path)
+
+
+# Trackers
+
+
+def test_pictures_and_codes_reach_tensorboard(picture_shards: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(picture_shards, tmp_path, "--steps", "4", "--images-every", "2") == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "gradient_norm", "lr", "skipped_steps", "host_gib"} <= set(tags["scalars"])
+    assert tags["histograms"] == ["code_usage"]
+    assert (
+        [event.step for event in events.Images("batch/0")] == [2, 4] if "batch/0" in tags["images"] else True
+    )
+    assert any(tag.startswith("batch") for tag in tags["images"])
+
+
+def test_a_tracker_that_cannot_write_is_left_alone(
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert run(picture_shards, tmp_path, "--steps", "3") == 0
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    stops = [r for r in caplog.records if r.name == trackers.__name__ and r.levelno == logging.ERROR]
+    assert len(stops) == 1
+    assert "No space left on device; metrics.jsonl goes on" in stops[0].getMessage()
+
+
+def test_an_audit_names_every_sample_and_its_pixels(picture_shards: Path, tmp_path: Path) -> None:
+    assert run(picture_shards, tmp_path, "--steps", "2", "--audit") == 0
+    lines = [json.loads(line) for line in (tmp_path / "audit_rank0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(len(line["pixels"]) == len(line["sample_id"]) == len(line["kind"]) == 8 for line in lines)
+    assert len({pixels for line in lines for pixels in line["pixels"]}) == 16
+    assert np.isin([line["severity"] for line in lines], range(6)).all()
