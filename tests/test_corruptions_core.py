@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from pipeline.corruptions import KINDS, apply, available_kinds, core, corrupt, draw, frost, kind_id
 from pipeline.corruptions.kinds import constants_id, flavour_id
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(32, 32), (33, 47), (64, 64), (224, 224), (41, 331)]
 
 
@@ -227,3 +231,52 @@ def test_core_refuses_what_the_front_would_not_pass() -> None:
     orders["severity"], orders["width"] = 5, 31
     with pytest.raises(ValueError, match="40 x 31"):
         core.run_cpu(orders, core.MODE_CORRUPT, 0, -1, 1)
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from pipeline.corruptions import corrupt
+
+torch.set_num_threads(2)
+small = torch.zeros(32, 32, 3, dtype=torch.uint8)
+want = corrupt(small, "elastic_transform", 1, 0)
+images = torch.zeros(2, 3000, 3000, 3, dtype=torch.uint8)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+# Room for the result, not for 300 MB of scratch.
+resource.setrlimit(resource.RLIMIT_AS, (used + images.numel() + 200_000_000, resource.RLIM_INFINITY))
+try:
+    corrupt(images, "elastic_transform", 1, 0)
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(corrupt(small, "elastic_transform", 1, 0), want)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and address space limits")
+def test_running_out_of_memory_is_an_error_not_the_end() -> None:
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "ran out of memory for the scratch of 2 threads" in done.stdout
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """The call holds no lock of Python's: this thread gets on in the middle of it."""
+    images = picture(224, 224).expand(200, -1, -1, -1).contiguous()
+    span_s: list[float] = []
+
+    def work() -> None:
+        span_s.append(time.perf_counter())
+        corrupt(images, "zoom_blur", 1, 0)
+        span_s.append(time.perf_counter())
+
+    thread = threading.Thread(target=work)
+    seen_s: list[float] = []
+    thread.start()
+    while thread.is_alive():
+        seen_s.append(time.perf_counter())
+        time.sleep(0.001)
+    start, end = span_s
+    quarter = (end - start) / 4
+    assert any(start + quarter < t < end - quarter for t in seen_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_corruptions_core import picture
@@ -25,6 +27,21 @@ def test_compiles_in_one_graph() -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(images, plan), step(images, plan))
+
+
+@pytest.mark.parametrize(
+    ("kind", "severity", "keys"),
+    [("fog", 3, (42, 2**63 + 5)), (["snow", 1], [5, 2], ([8, 9], [1, 2])), (4, 1, (0, 1))],
+)
+def test_the_public_function_compiles_in_one_graph(kind: Any, severity: Any, keys: tuple[Any, Any]) -> None:
+    images = torch.stack([picture(32, 40), picture(32, 40, seed=1)])
+
+    def step(x: torch.Tensor, key: Any) -> torch.Tensor:
+        return corrupt(x, kind, severity, key).float().mean((1, 2)) / 255
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for key in keys:
+        assert torch.equal(compiled(images, key), step(images, key))
 
 
 def test_threads_do_not_change_the_result() -> None:

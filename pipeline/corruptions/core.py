@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.corruptions.kinds import KINDS, suggest
+from pipeline.corruptions.kinds import KINDS, kind_number
 
 LIBRARY = Path(__file__).with_name("libvqsa_corrupt.so")
 
 MODE_CORRUPT, MODE_DRAW, MODE_APPLY = 0, 1, 2
 IMPL_BEST, IMPL_EMULATED = 0, 1
+OUT_OF_MEMORY = 2
 
 JPEG_QUALITY_KIND = 100
 """Not in KINDS: JPEG at a quality given as severity, the pass that ImageNet-C's files went through."""
@@ -59,10 +60,10 @@ def library() -> ctypes.CDLL:
 
 
 def check(status: int) -> None:
-    """Raise ValueError with the core's message when a call failed."""
+    """Raise ValueError, or MemoryError, with the core's message when a call failed."""
     if status != 0:
         message: bytes = library().vqsa_last_error()
-        raise ValueError(message.decode())
+        raise (MemoryError if status == OUT_OF_MEMORY else ValueError)(message.decode())
 
 
 @functools.cache
@@ -78,14 +79,13 @@ def kind_id(name: str) -> int:
     Raises:
         ValueError: the name is unknown (the nearest is suggested), or this build lacks the kind.
     """
-    if name not in KINDS:
-        raise ValueError(f"unknown corruption {name!r}{suggest(str(name), KINDS)}")
+    number = kind_number(name)
     if name not in available_kinds():
         raise ValueError(
             f"corruption {name!r} is known but not implemented in this build; "
             f"available: {', '.join(available_kinds())}"
         )
-    return KINDS.index(name)
+    return number
 
 
 def has_cuda() -> bool:

@@ -45,6 +45,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
+def kind_number(name: str) -> int:
+    """Return a kind's index in KINDS; ValueError on an unknown one, with the nearest name."""
+    if name not in KINDS:
+        raise ValueError(f"unknown corruption {name!r}{suggest(str(name), KINDS)}")
+    return KINDS.index(name)
+
+
 def flavour_id(flavour: str) -> int:
     """Return the C core's number of a flavour; ValueError on an unknown one."""
     if flavour not in FLAVOURS:

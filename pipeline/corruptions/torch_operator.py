@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.corruptions import core, frost
 from pipeline.corruptions.fields import field_parts, noise_parts, pack, unpack
-from pipeline.corruptions.kinds import KINDS, constants_id, flavour_id
+from pipeline.corruptions.kinds import KINDS, constants_id, flavour_id, kind_number
 
 _PerSampleInt = int | Sequence[int] | np.ndarray | Tensor
 _Kind = str | int | Sequence[str | int] | np.ndarray | Tensor
@@ -45,11 +45,11 @@ def _check_images(images: Tensor, caller: str) -> Tensor:
 
 def _kind_number(kind: str | int) -> int:
     if isinstance(kind, str):
-        return core.kind_id(kind)
+        return kind_number(kind)
     number = int(kind)
     if not 0 <= number < len(KINDS):
         raise ValueError(f"unknown corruption number {number}; it must be in 0..{len(KINDS) - 1} (KINDS)")
-    return core.kind_id(KINDS[number])
+    return number
 
 
 def _per_sample(value: object, count: int, name: str) -> list[int]:
@@ -131,6 +131,7 @@ def _orders(images_BHWC: Tensor, out_BHWC: Tensor, plan_3B: Tensor) -> np.ndarra
 def _run(orders: np.ndarray, device: torch.device, mode: int, flavour: int, constants: int) -> None:
     if len(orders) == 0:
         return
+    frost.ensure_loaded(orders["kind"])
     if device.type == "cpu":
         core.run_cpu(orders, mode, flavour, constants, torch.get_num_threads())
         return
@@ -198,7 +199,6 @@ def corrupt(
     severities = _severities(severity, kinds)
     keys = _keys(key, count)
     flavour_number, constants_number = flavour_id(flavour), constants_id(constants)
-    frost.ensure_loaded(kinds)
     plan_3B = torch.tensor([kinds, severities, [_signed(k) for k in keys]], dtype=torch.int64).reshape(
         3, count
     )
@@ -267,7 +267,6 @@ def draw(
     flavour_number, constants_number = flavour_id(flavour), constants_id(constants)
     if height < 32 or width < 32:
         raise ValueError(f"draw needs a size of at least 32 x 32 pixels, got {height} x {width}")
-    frost.ensure_loaded([number])
     where = torch.device(device)
     size = (number, severity, flavour_number, constants_number, height, width)
     words = core.library().vqsa_field_words(*size)
@@ -312,7 +311,6 @@ def apply(
     number = _kind_number(kind)
     severity = _severities(severity, [number])[0] if number else 1
     flavour_number, constants_number = flavour_id(flavour), constants_id(constants)
-    frost.ensure_loaded([number])
     per_image = [fields] * count if isinstance(fields, dict) else list(fields)
     if len(per_image) != count:
         raise ValueError(f"apply got {len(per_image)} fields for {count} images")

@@ -85,12 +85,31 @@ struct HostBlock {
     rows(count, 64, [=](int m, int i) { to[64 * m + i] = from[64 * m + (i & 7) * 8 + (i >> 3)]; });
 #endif
   }
-  // Sums f over the range into *total: exact for integers, in any order.
+  // Adds f over the range to *total: exact for integers, in any order.
+  template <class F>
+  VQSA_HD void sum(int height, int width, uint32_t* total, F f) const {
+    uint32_t s = 0;
+    for (int y = 0; y < height; ++y) {
+      for (int x = 0; x < width; ++x) s += f(y, x);
+    }
+    *total += s;
+  }
   template <class F>
   VQSA_HD void sum(int n, uint32_t* total, F f) const {
-    uint32_t s = 0;
-    for (int i = 0; i < n; ++i) s += f(i);
-    *total += s;
+    sum(1, n, total, [=](int, int i) { return f(i); });
+  }
+  // *result becomes the largest of itself and f over the range.
+  template <class F>
+  VQSA_HD void largest(int height, int width, uint32_t* result, F f) const {
+    uint32_t m = *result;
+    for (int y = 0; y < height; ++y) {
+      for (int x = 0; x < width; ++x) m = greatest(m, f(y, x));
+    }
+    *result = m;
+  }
+  template <class F>
+  VQSA_HD void largest(int n, uint32_t* result, F f) const {
+    largest(1, n, result, [=](int, int i) { return f(i); });
   }
   // done(y, x, sum over k < taps of tap(y, x, k)), summed in the order of k. The CPU sums many x at
   // a time, tap by tap, so that the loop over x is the vector loop.
@@ -118,15 +137,6 @@ struct HostBlock {
 #pragma GCC ivdep
     for (int x = 0; x < kRun; ++x) done(y, x0 + x, total[x]);
   }
-  template <class F>
-  VQSA_HD void largest(int n, uint32_t* result, F f) const {
-    uint32_t m = *result;
-    for (int i = 0; i < n; ++i) {
-      const uint32_t v = f(i);
-      m = m < v ? v : m;
-    }
-    *result = m;
-  }
 };
 
 // The same stages with CUDA's tile sizes and parallel forms, run by one CPU thread: what the tests
@@ -145,6 +155,17 @@ struct DeviceBlock {
 
   __device__ __forceinline__ int thread() const { return threadIdx.y * 32 + threadIdx.x; }
   __device__ __forceinline__ int threads() const { return blockDim.y * 32; }
+  // From every thread's share to one word of global memory, once per warp.
+  __device__ __forceinline__ static void add(uint32_t share, uint32_t* total) {
+    share = __reduce_add_sync(0xffffffffu, share);
+    if (threadIdx.x == 0) atomicAdd(total, share);
+    __syncthreads();
+  }
+  __device__ __forceinline__ static void raise(uint32_t share, uint32_t* result) {
+    share = __reduce_max_sync(0xffffffffu, share);
+    if (threadIdx.x == 0) atomicMax(result, share);
+    __syncthreads();
+  }
 
   template <class F>
   __device__ __forceinline__ void each(int n, F f) const {
@@ -162,12 +183,32 @@ struct DeviceBlock {
     rows(count, 64, [=](int m, int i) { to[64 * m + i] = from[64 * m + (i & 7) * 8 + (i >> 3)]; });
   }
   template <class F>
+  __device__ __forceinline__ void sum(int height, int width, uint32_t* total, F f) const {
+    uint32_t s = 0;
+    for (int y = threadIdx.y; y < height; y += blockDim.y) {
+      for (int x = threadIdx.x; x < width; x += 32) s += f(y, x);
+    }
+    add(s, total);
+  }
+  template <class F>
   __device__ __forceinline__ void sum(int n, uint32_t* total, F f) const {
     uint32_t s = 0;
     for (int i = thread(); i < n; i += threads()) s += f(i);
-    s = __reduce_add_sync(0xffffffffu, s);
-    if (threadIdx.x == 0) atomicAdd(total, s);
-    __syncthreads();
+    add(s, total);
+  }
+  template <class F>
+  __device__ __forceinline__ void largest(int height, int width, uint32_t* result, F f) const {
+    uint32_t m = 0;
+    for (int y = threadIdx.y; y < height; y += blockDim.y) {
+      for (int x = threadIdx.x; x < width; x += 32) m = greatest(m, f(y, x));
+    }
+    raise(m, result);
+  }
+  template <class F>
+  __device__ __forceinline__ void largest(int n, uint32_t* result, F f) const {
+    uint32_t m = 0;
+    for (int i = thread(); i < n; i += threads()) m = greatest(m, f(i));
+    raise(m, result);
   }
   template <class T, class Tap, class Done>
   __device__ __forceinline__ void accumulate(int height, int width, int taps, Tap tap, Done done) const {
@@ -178,17 +219,6 @@ struct DeviceBlock {
         done(y, x, total);
       }
     }
-    __syncthreads();
-  }
-  template <class F>
-  __device__ __forceinline__ void largest(int n, uint32_t* result, F f) const {
-    uint32_t m = 0;
-    for (int i = thread(); i < n; i += threads()) {
-      const uint32_t v = f(i);
-      m = m < v ? v : m;
-    }
-    m = __reduce_max_sync(0xffffffffu, m);
-    if (threadIdx.x == 0) atomicMax(result, m);
     __syncthreads();
   }
 };

@@ -6,7 +6,9 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -213,24 +215,33 @@ int vqsa_run_cpu(const VqsaImage* images, int64_t n, int mode, int flavour, int 
   const bool emulated = impl == VQSA_IMPL_EMULATED;
 
   std::atomic<int64_t> next(0);
+  std::atomic<bool> out_of_memory(false);
   auto work = [&] {
-    std::unique_ptr<ScratchPool::Buffer> buffer = scratch_pool().take();
-    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
-      run_image(images[i], mode, flavour, constants, *stages, emulated, tables, buffer.get());
+    try {
+      std::unique_ptr<ScratchPool::Buffer> buffer = scratch_pool().take();
+      for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
+        run_image(images[i], mode, flavour, constants, *stages, emulated, tables, buffer.get());
+      }
+      scratch_pool().give(std::move(buffer));
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      next = n;
     }
-    scratch_pool().give(std::move(buffer));
   };
   const int64_t threads = std::min<int64_t>(std::max(n_threads, 1), n);
   std::vector<std::thread> helpers;
   try {
     for (int64_t t = 1; t < threads; ++t) helpers.emplace_back(work);
-    work();
-  } catch (const std::exception& e) {
-    next = n;
-    for (std::thread& t : helpers) t.join();
-    return fail(std::string("corrupting on the CPU failed: ") + e.what());
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that run do all the work.
   }
+  work();
   for (std::thread& t : helpers) t.join();
+  if (out_of_memory) {
+    fail("the CPU ran out of memory for the scratch of " + std::to_string(threads) +
+         " threads, part of the batch is not corrupted; use fewer threads or smaller images");
+    return VQSA_OUT_OF_MEMORY;
+  }
   return 0;
 }
 

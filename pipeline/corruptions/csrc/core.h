@@ -1,8 +1,8 @@
 // The C interface of libvqsa_corrupt.so: the ImageNet-C corruptions on CPU and CUDA.
 //
-// Every function that can fail returns 0 for success; otherwise vqsa_last_error() says, for the
-// calling thread, what was wanted, what was found and what to do. Arguments are checked before any
-// work is done or queued.
+// Every function that can fail returns 0 for success, VQSA_OUT_OF_MEMORY, or another number for wrong
+// arguments; vqsa_last_error() then says, for the calling thread, what was wanted, what was found and what
+// to do. Arguments are checked before any work is done or queued.
 #ifndef VQSA_CORE_H
 #define VQSA_CORE_H
 #include <stddef.h>
@@ -30,6 +30,7 @@ typedef struct VqsaImage {
 enum { VQSA_FLAVOUR_HENDRYCKS = 0, VQSA_FLAVOUR_BETHGE = 1 };
 enum { VQSA_CONSTANTS_AUTO = -1, VQSA_CONSTANTS_IMAGENET = 0, VQSA_CONSTANTS_TINY_IMAGENET = 1, VQSA_CONSTANTS_CIFAR10 = 2 };
 enum { VQSA_CORRUPT = 0, VQSA_DRAW = 1, VQSA_APPLY = 2 };
+enum { VQSA_OUT_OF_MEMORY = 2 };
 enum { VQSA_IMPL_BEST = 0, VQSA_IMPL_EMULATED = 1 };
 
 VQSA_API const char* vqsa_last_error(void);

@@ -5,13 +5,7 @@
 namespace vqsa {
 namespace VQSA_ISA {
 
-struct PixelGrid {
-  static VQSA_HD int pixels(const Sample& s) { return s.height * s.width; }
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(pixels(s), shape.items); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
-};
-
-struct Copy : NoiseGrid {
+struct Copy : ValueGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const int first = tile * b.shape.items * 4;
@@ -23,9 +17,7 @@ struct Copy : NoiseGrid {
 };
 
 // Zeroes the sums and extrema that later stages gather.
-struct Clear {
-  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct Clear : OneBlock {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int, int) {
     uint32_t* acc = reinterpret_cast<uint32_t*>(s.work);

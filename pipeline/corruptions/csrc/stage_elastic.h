@@ -44,11 +44,10 @@ struct ElasticScratch {
 };
 
 // Two uniform planes in [-1, 1): columns' displacement first, then rows', as the references draw.
-struct ElasticNoise {
+struct ElasticNoise : NoSharedMemory {
   static VQSA_HD int tiles(const Sample& s, const TileShape& shape) {
     return ceil_div(ceil_div(2 * s.height * s.width, 4), shape.items);
   }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const int n = 2 * s.height * s.width, first = tile * b.shape.items;
@@ -81,9 +80,8 @@ struct ElasticNoise {
 // The filter of each axis. Short: taps by distance. Long: the infinitely mirrored Gaussian folded into
 // one period of 2n: entry n - 1 + d is the weight at distance d in (-n, n), entry 2n - 1 + k the weight
 // of the mirror image at distance k + 1, for k in 0 .. 2n - 2.
-struct ElasticFilter {
+struct ElasticFilter : NoSharedMemory {
   static VQSA_HD int tiles(const Sample&, const TileShape&) { return 2; }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const ElasticSettings e(s, b.tables);
@@ -112,22 +110,29 @@ struct ElasticFilter {
   }
 };
 
-struct ElasticGrid {
+struct ElasticGrid : NoSharedMemory {
   // Both planes: the tiles of the first, then of the second.
   static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return 2 * tile_count(s, shape); }
+  struct Place {
+    Tile tile;
+    size_t plane;  // where the plane starts, in values
+    template <class B>
+    VQSA_HD Place(const B& b, const Sample& s, int number)
+        : tile(tile_at(s, b.shape, number % tile_count(s, b.shape))),
+          plane(static_cast<size_t>(number / tile_count(s, b.shape)) * s.height * s.width) {}
+  };
 };
 
 struct ElasticDown : ElasticGrid {
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const ElasticSettings e(s, b.tables);
     const ElasticScratch scratch(s);
-    const int count = tile_count(s, b.shape), plane = tile / count;
-    const Tile t = tile_at(s, b.shape, tile % count);
+    const Place at(b, s, tile);
+    const Tile t = at.tile;
     const int height = s.height, width = s.width;
-    const float* VQSA_RESTRICT in = scratch.noise + static_cast<size_t>(plane) * height * width + t.x;
-    float* VQSA_RESTRICT out = scratch.between + static_cast<size_t>(plane) * height * width + t.x;
+    const float* VQSA_RESTRICT in = scratch.noise + at.plane + t.x;
+    float* VQSA_RESTRICT out = scratch.between + at.plane + t.x;
     const float* VQSA_RESTRICT w = scratch.filter_y;
     const auto store = [=](int y, int x, float sum) { out[static_cast<size_t>(t.y + y) * width + x] = sum; };
     if (e.radius_y < kElasticTaps) {
@@ -160,11 +165,11 @@ struct ElasticAcross : ElasticGrid {
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const ElasticSettings e(s, b.tables);
     const ElasticScratch scratch(s);
-    const int count = tile_count(s, b.shape), plane = tile / count;
-    const Tile t = tile_at(s, b.shape, tile % count);
-    const int height = s.height, width = s.width;
-    const float* VQSA_RESTRICT in = scratch.between + static_cast<size_t>(plane) * height * width;
-    uint32_t* VQSA_RESTRICT out = s.fields + static_cast<size_t>(plane) * height * width;
+    const Place at(b, s, tile);
+    const Tile t = at.tile;
+    const int width = s.width;
+    const float* VQSA_RESTRICT in = scratch.between + at.plane;
+    uint32_t* VQSA_RESTRICT out = s.fields + at.plane;
     const float* VQSA_RESTRICT w = scratch.filter_x;
     const float scale = e.alpha * e.amplitude;
     const auto store = [=](int y, int x, float sum) {
@@ -196,9 +201,7 @@ struct ElasticAcross : ElasticGrid {
 };
 
 // Fields after the planes: how far the three reference points of the affine map move, (3, 2).
-struct ElasticPoints {
-  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct ElasticPoints : OneBlock {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int, int) {
     const float reach = static_cast<float>(constants_of(s, b.tables).v[2]);
@@ -263,9 +266,7 @@ VQSA_HD float between_four(float a, float b, float c, float d, float fx, float f
 
 // Bilinear, borders mirrored without repeating the edge. Exact source positions, as in OpenCV 5's
 // warpAffine; versions before rounded them to 1/32 pixel (up to 3 levels, 0.09 on average).
-struct ElasticWarp {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct ElasticWarp : TileGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     if (s.flavour == kBethge) return;
@@ -292,9 +293,7 @@ struct ElasticWarp {
   }
 };
 
-struct ElasticSample {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct ElasticSample : TileGrid {
 
   template <class T, class B>
   static VQSA_HD void sample(const B& b, const Sample& s, const Tile& t, const T* source) {

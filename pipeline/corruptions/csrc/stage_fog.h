@@ -85,8 +85,7 @@ VQSA_HD void fog_refine(const B& b, const FogNoise& noise, int n, float amplitud
   });
 }
 
-struct FogCoarse {
-  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
+struct FogCoarse : OneBlock {
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) {
     const int n = kFogCoarse;
     return 4 * (3 * (n / 2 + 1) * (n / 2 + 1) + 2 * n * n);
@@ -140,11 +139,10 @@ VQSA_HD float from_ordered_bits(uint32_t u) {
 }
 
 // Words 0 and 1: the plasma's largest value and the complement of its smallest.
-struct FogRange {
+struct FogRange : NoSharedMemory {
   static VQSA_HD int tiles(const Sample& s, const TileShape& shape) {
     return ceil_div(fog_side(s) * fog_side(s), shape.items);
   }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const int side = fog_side(s), first = tile * b.shape.items, count = least(b.shape.items, side * side - first);
@@ -156,9 +154,7 @@ struct FogRange {
 };
 
 // Field: the plasma scaled to [0, 1] over its whole square, cropped to the image.
-struct FogField {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct FogField : RowGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const int side = fog_side(s), width = s.width, y0 = tile * b.shape.height;
@@ -173,7 +169,7 @@ struct FogField {
 };
 
 // Word 2: the brightest level of the image.
-struct FogBrightest : NoiseGrid {
+struct FogBrightest : ValueGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const int first = tile * b.shape.items * 4, count = least(b.shape.items * 4, values(s) - first);

@@ -40,9 +40,7 @@ VQSA_HD int frost_texture(uint32_t index) { return index == 0 ? 0 : static_cast<
 
 // Fields: index in 0..4, row and column of the crop. The last position is never drawn, as in the
 // references.
-struct FrostDraw {
-  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct FrostDraw : OneBlock {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int, int) {
     uint32_t* fields = s.fields;
@@ -68,9 +66,7 @@ VQSA_HD void cubic_weights(float f, float* w) {  // Keys' kernel with a = -3/4, 
   w[3] = 1.0f - w[0] - w[1] - w[2];
 }
 
-struct FrostApply {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct FrostApply : TileGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const Tile t = tile_at(s, b.shape, tile);

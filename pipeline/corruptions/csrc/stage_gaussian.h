@@ -44,12 +44,8 @@ VQSA_HD void blur_tile(const B& b, const Sample& s, int tile, const GaussianTaps
       [=](int y, int v, float sum) { out[(t.y + y) * stride + 3 * t.x + v] = quantise(sum); });
 }
 
-struct BlurGrid {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
-};
-
 template <int kLargestRadius>
-struct GaussianGrid : BlurGrid {
+struct GaussianGrid : TileGrid {
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) {
     return sizeof(float) * shape.height * 3 * (shape.width + 2 * kLargestRadius);
   }
@@ -70,11 +66,7 @@ VQSA_HD int glass_iterations(const Sample& s, const Tables* t) { return static_c
 VQSA_HD int glass_reach(const Sample& s, const Tables* t) { return static_cast<int>(constants_of(s, t).v[1]); }
 
 // Fields: per iteration and pixel two int16, the column and row offset, uniform in [-reach, reach - 1].
-struct GlassDraw {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) {
-    return ceil_div(ceil_div(s.height * s.width, 4), shape.items);
-  }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct GlassDraw : QuadGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int iteration) {
     if (iteration >= glass_iterations(s, b.tables)) return;
@@ -119,9 +111,7 @@ struct GlassBlurIn : GaussianGrid<6> {
 // array views is none: a[p] = a[p + offset(p)]. In parallel: a target that comes later in memory and
 // is itself visited has been overwritten before, so its own pointer is followed, until the target is
 // not visited, or comes later in the visit.
-struct GlassShuffle {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height * s.width, shape.items); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct GlassShuffle : PixelGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int iteration) {
     if (iteration >= glass_iterations(s, b.tables)) return;

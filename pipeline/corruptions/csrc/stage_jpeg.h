@@ -189,8 +189,7 @@ struct JpegBlocks {
 
 // Chroma back to full size, 3/4 from the nearer and 1/4 from the farther sample in each direction,
 // and colours back to RGB.
-struct JpegColours {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
+struct JpegColours : TileGrid {
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) {
     // Vertical sums (16 bits) of half the columns and one on each side; upsampled bytes; twice.
     return static_cast<size_t>(shape.height) * 2 * (2 * (shape.width / 2 + 4) + shape.width + 4);

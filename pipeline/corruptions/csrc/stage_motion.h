@@ -68,9 +68,7 @@ VQSA_HD void motion_tile(const B& b, const Tile& t, int height, int width, const
 }
 
 // Field: the angle in degrees, uniform in [-45, 45).
-struct MotionDraw {
-  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct MotionDraw : OneBlock {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int, int) {
     uint32_t* fields = s.fields;
@@ -81,8 +79,7 @@ struct MotionDraw {
   }
 };
 
-struct MotionApply {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
+struct MotionApply : TileGrid {
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) { return motion_shared_bytes(shape, 3, 1); }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {

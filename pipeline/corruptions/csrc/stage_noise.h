@@ -6,8 +6,8 @@
 //   four(words, f)  the fields of values 4i..4i+3 from Philox words of index i
 //   Change          per image constants, with `uint8_t operator()(uint8_t x, Field f)`
 #pragma once
-#include "block.h"
 #include "fmath.h"
+#include "grids.h"
 #include "philox.h"
 
 namespace vqsa {
@@ -94,14 +94,6 @@ struct ShotLaw : UniformField {
   };
 };
 
-constexpr int kQuadRun = 256;  // Philox counters handled together by a CPU thread
-
-struct NoiseGrid {
-  static VQSA_HD int values(const Sample& s) { return s.height * s.width * 3; }
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(values(s), shape.items * 4); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
-};
-
 VQSA_HD void store_four(uint8_t* p, uint8_t a, uint8_t b, uint8_t c, uint8_t d) {
 #if defined(__CUDA_ARCH__)
   if ((reinterpret_cast<size_t>(p) & 3u) == 0) {
@@ -116,7 +108,7 @@ VQSA_HD void store_four(uint8_t* p, uint8_t a, uint8_t b, uint8_t c, uint8_t d) 
 }
 
 template <class Law>
-struct NoiseFused : NoiseGrid {
+struct NoiseFused : ValueGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     using Field = typename Law::Field;
@@ -151,7 +143,7 @@ struct NoiseFused : NoiseGrid {
 };
 
 template <class Law>
-struct NoiseDraw : NoiseGrid {
+struct NoiseDraw : ValueGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     using Field = typename Law::Field;
@@ -172,7 +164,7 @@ struct NoiseDraw : NoiseGrid {
 };
 
 template <class Law>
-struct NoiseApply : NoiseGrid {
+struct NoiseApply : ValueGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const typename Law::Change change(s, b.tables);

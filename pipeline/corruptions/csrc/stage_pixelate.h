@@ -59,9 +59,7 @@ VQSA_HD WeightedWindow* pixelate_windows(const Sample& s) {
   return reinterpret_cast<WeightedWindow*>(pixelate_map(s) + s.height + s.width);
 }
 
-struct PixelateMap {
-  static VQSA_HD int tiles(const Sample&, const TileShape&) { return 1; }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct PixelateMap : OneBlock {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int, int) {
     const PixelateSize small(s, b.tables);
@@ -87,9 +85,7 @@ struct PixelateMap {
   }
 };
 
-struct PixelateAcross {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct PixelateAcross : RowGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const PixelateSize small(s, b.tables);
@@ -116,9 +112,7 @@ struct PixelateAcross {
   }
 };
 
-struct PixelateDown {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct PixelateDown : RowGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const PixelateSize small(s, b.tables);
@@ -138,9 +132,7 @@ struct PixelateDown {
   }
 };
 
-struct PixelateUp {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return ceil_div(s.height, shape.height); }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct PixelateUp : RowGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const PixelateSize small(s, b.tables);

@@ -20,11 +20,7 @@ struct SnowSize {
   }
 };
 
-struct SnowNormals {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) {
-    return ceil_div(ceil_div(s.height * s.width, 4), shape.items);
-  }
-  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape&) { return 0; }
+struct SnowNormals : QuadGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const int n = s.height * s.width, first = tile * b.shape.items;
@@ -89,8 +85,7 @@ struct SnowZoom {
 };
 
 // Field: the finished layer, 8 bits.
-struct SnowLayer {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
+struct SnowLayer : TileGrid {
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) { return motion_shared_bytes(shape, 1, 4); }
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {

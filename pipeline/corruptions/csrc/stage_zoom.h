@@ -37,8 +37,7 @@ struct ZoomPoint {
   float fraction;
 };
 
-struct ZoomBlur {
-  static VQSA_HD int tiles(const Sample& s, const TileShape& shape) { return tile_count(s, shape); }
+struct ZoomBlur : TileGrid {
   static VQSA_HD size_t shared_bytes(const Sample& s, const TileShape& shape) {
     return sizeof(ZoomPoint) * kZoomLayers * (shape.width + shape.height) +
            (shape.width == s.width ? 4 * (3 * static_cast<size_t>(s.width) + 4 + 4 * static_cast<size_t>(s.width)) : 0);

@@ -15,6 +15,7 @@
 #include "stage_pixelate.h"
 #include "stage_snow.h"
 #include "stage_spatter.h"
+#include "stage_spatter_water.h"
 #include "stage_zoom.h"
 
 #define VQSA_STAGES(X)                              \
