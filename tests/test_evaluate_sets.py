@@ -180,12 +180,21 @@ def test_cells_on_disk_are_scored_as_they_are(on_disk: Path, tmp_path: Path) -> 
         *(("fog", s) for s in range(1, 6)),
     ]
     net, _ = three_classes()
-    right = 0
-    for path in sorted((on_disk / "fog" / "3").glob("*/*.png")):
-        image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
-        right += int(net((image / 255 - 0.5) / 0.5).argmax()) == int(path.parent.name[-1])
+
+    def predictions(folder: Path) -> list[int]:
+        images = [torch.from_numpy(np.array(Image.open(p))) for p in sorted(folder.glob("*/*.png"))]
+        index = net((torch.stack(images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5).argmax(1)
+        return [int(i) for i in index]
+
+    labels = [0, 0, 1, 1, 2, 2]
+    found = predictions(on_disk / "fog" / "3")
     cell = next(c for c in read_csv(out / "cells.csv")["three_classes"] if c.name == ("fog", 3))
-    assert cell.top1 * 6 == pytest.approx(right, abs=1e-4)
+    assert cell.top1 * 6 == pytest.approx(sum(a == b for a, b in zip(found, labels, strict=True)), abs=1e-4)
+    # Consistency compares with the clean files of the same names.
+    clean = predictions(on_disk / "clean")
+    assert cell.consistency == pytest.approx(
+        sum(a == b for a, b in zip(found, clean, strict=True)) / 6, abs=1e-4
+    )
     assert "trained on 1 of the 15" in report["models"]["three_classes"]["verdict"]
 
 

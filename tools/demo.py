@@ -117,17 +117,19 @@ def demo(command: DemoCommand) -> None:
     run("tools/report.py", "--run", run_folder)
 
     results = json.loads(results_file.read_text())
-    results |= next(iter(results["models"].values()))
+    found = next(iter(results["models"].values()))
     rates = [r["rate_img_s"] for r in read_metrics(run_folder / "metrics.jsonl") if "rate_img_s" in r]
     samples = sum(len(list((source / split).glob("*/*"))) for split in shard_sets)
     print("\n" + "=" * 78)
     print(
-        f"clean top-1 {100 * results['clean_top1']:.1f} %   ({results['images']} images, {results['classes']} classes)"
+        f"clean top-1 {100 * found['clean_top1']:.1f} %   ({results['images']} images, {found['classes']} classes)"
     )
-    for kind, top1 in results["top1_per_corruption"].items():
+    for kind, top1 in found["top1_per_corruption"].items():
         print(f"  {kind:20s} top-1 {100 * top1:5.1f} %")
-    print(f"mean corruption error, unnormalised: {100 * results['mean_corruption_error']:.1f} %")
-    print(f"mCE {results['mce']:.1f} %  ({results['mce_label']}; not comparable off ImageNet)")
+    print(f"mean corruption error, unnormalised: {100 * found['mean_corruption_error']:.1f} %")
+    if found["mce"] is not None:
+        print(f"mCE {found['mce']:.1f} %  ({found['mce_label']}; not comparable off ImageNet)")
+    print(found["verdict"])
     print(
         f"images/s: shards {samples / sum(seconds.values()):.0f} (start-up included), training "
         f"{median(rates):.0f}, evaluation {results['rate_img_s']:.0f}"

@@ -88,11 +88,12 @@ def make(command: ReportCommand, evaluation: Path) -> str:
 
 def _about(results: dict[str, Any]) -> str:
     environment = results["environment"]
+    machine = environment["gpu"] if environment["device"] == "cuda" else environment["cpu"]
     words = (
         f"{results['images']} images of {results['data']}, seed {results['seed']}, corruptions as "
         f"{results['flavour']}{' with a JPEG pass at quality 85' if results['jpeg85'] else ''}, "
-        f"{results['precision']}; {results['date']}, commit {results['commit']}, torch {environment['torch']}, "
-        f"{environment['device']}."
+        f"{results['precision']}; {results['date']}, commit {results['commit']}, torch "
+        f"{environment['packages']['torch']}, {machine}."
     )
     if results["damaged"]:
         words += f" {len(results['damaged'])} damaged images were left out."
@@ -197,25 +198,36 @@ def _quality(
     results: dict[str, Any], cells: dict[str, list[Cell]], evaluation: Path, folder: Path
 ) -> list[str]:
     """Calibration, and how much the inside of the models moves with image quality."""
-    rows = []
+    calibration, stable = [], []
     for name, found in cells.items():
         corrupted = [c for c in found if c.severity]
         clean = [c for c in found if c.name == (CLEAN, 0)]
         row = [name]
         for measure in ("ece", "nll", "brier"):
             row += [_average(part, measure, percent=measure == "ece") for part in (clean, corrupted)]
-        row.append(_average(corrupted, "consistency", percent=True))
-        row += [_average(corrupted, measure) for measure in ("agreement", "drift_before", "drift_after")]
-        rows.append(row)
-    head = ["", "ECE clean, %", "corrupted", "NLL clean", "corrupted", "Brier clean", "corrupted"]
-    head += ["same prediction, %", "same codes", "drift before", "drift after"]
+        calibration.append(row)
+        row = [name, _average(corrupted, "consistency", percent=True)]
+        row += [
+            _average(corrupted, measure)
+            for measure in ("agreement", "drift_before", "drift_after", "residual")
+        ]
+        row.append(_average(corrupted, "perplexity"))
+        stable.append(row)
     parts = [
-        page.heading("Calibration and quality independence"),
-        page.note(
-            "Means over the corrupted cells. Drift is 1 - cosine between the features of the corrupted and the clean "
-            "image, before and after quantisation and attention."
+        page.heading("Calibration"),
+        page.note("ECE over 15 bins, in percent; corrupted: means over the cells."),
+        page.table(
+            ["", "ECE clean", "corrupted", "NLL clean", "corrupted", "Brier clean", "corrupted"], calibration
         ),
-        page.table(head, rows),
+        page.heading("Quality independence"),
+        page.note(
+            "Corrupted images against the same images clean, means over the cells. Drift is 1 - cosine between the two "
+            "features, before and after quantisation and attention; residual is 1 - cosine between feature and code."
+        ),
+        page.table(
+            ["", "same prediction, %", "same codes", "drift before", "drift after", "residual", "perplexity"],
+            stable,
+        ),
     ]
     pictures = []
     usage = _usage(evaluation)
@@ -271,11 +283,7 @@ def _training(run: Path, results: dict[str, Any], folder: Path) -> list[str]:
     """Loss, accuracy, first batch and configuration of the run."""
     found = checkpoint.newest(run)
     config = validated(RunConfig, found.config, str(found.path))
-    steps = [
-        m["step"]
-        for m in results["models"].values()
-        if Path(m.get("checkpoint", "")).parts[:1] and "step" in m
-    ]
+    steps = sorted({m["step"] for m in results["models"].values() if "step" in m})
     if found.step not in steps:
         raise ValueError(
             f"the evaluation has the results of step {', '.join(map(str, steps))}, but {run} has gone on to step "

@@ -182,11 +182,6 @@ class Scorer:
         }
         self.damaged: dict[int, str] = {}
 
-    @property
-    def left(self) -> int:
-        """Images x cells x classifiers still to be scored over all ranks, before the run starts."""
-        return sum(int((~done).sum()) for done in self._before.values())
-
     @torch.no_grad()
     def run(
         self,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,33 +22,20 @@ from pipeline.corruptions import available_kinds, kind_id
 from pipeline.order import permutation
 from shards import Store
 from tools.evaluation import adaptation, models, sets
-from tools.evaluation.cells import cells_from_outcomes, intervals, severity_correlations
 from tools.evaluation.classes import outputs_of
 from tools.evaluation.command import EvaluateCommand
-from tools.evaluation.correlation import Correlation, correlation
+from tools.evaluation.findings import Findings, describe, write
 from tools.evaluation.models import Classifier
 from tools.evaluation.outcomes import Outcomes, Snapshots
 from tools.evaluation.passes import Pass, Scorer, Settings, geometry
-from tools.evaluation.sets import Source, read_opinions
-from tools.evaluation.verdict import verdict
+from tools.evaluation.sets import Source
 from tools.runtime import checkpoint
 from tools.runtime.device import loader_device_id
+from tools.runtime.environment import environment
 from tools.runtime.optim import autocast_dtype
-from tools.runtime.results import CLEAN, Cell, CellName, as_json, summarise, table, write_csv
+from tools.runtime.results import CLEAN, CellName, table
 
 PARTIAL = "partial"
-
-
-@dataclass
-class Findings:
-    """What is known of one model when all sets are read."""
-
-    classifier: Classifier
-    cells: list[Cell]
-    parts: list[tuple[list[CellName], list[str], Outcomes]]
-    """Per set: its cells, the keys of its images, and what was found on them."""
-    opinion: dict[str, Correlation] | None = None
-    """How well the model's values follow mean opinion scores."""
 
 
 def evaluate(command: EvaluateCommand) -> dict[str, Any]:
@@ -84,7 +69,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         claim(partial, fingerprint(command, classifiers), fresh=command.fresh)
     state.wait_for_everyone()
 
-    findings = {c.name: Findings(c, [], []) for c in classifiers}
+    findings = {c.name: Findings(c) for c in classifiers}
     damaged: dict[str, str] = {}
     began_s, scored = time.perf_counter(), 0
     # A log file wants a line now and then, a screen a moving bar.
@@ -113,11 +98,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
             scored += part_scored
             keys = [store.key(i) for i in part.sample_N.tolist()]
             for name, found in outcomes.items():
-                if not source.labelled:
-                    findings[name].opinion = opinion_correlations(command, part, found)
-                    continue
-                findings[name].cells += cells_from_outcomes(source.cells, found)
-                findings[name].parts.append((source.cells, keys, found))
+                findings[name].add(part, keys, found, command)
     rate_img_s = scored / (time.perf_counter() - began_s)
     report: dict[str, Any] = {
         "commit": checkpoint.code_version(),
@@ -130,7 +111,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "jpeg85": command.jpeg85,
         "precision": command.precision,
         "images": max((cell.images for f in findings.values() for cell in f.cells), default=0),
-        "environment": environment(state),
+        "environment": {**environment(), "device": state.device.type, "processes": state.num_processes},
         "rate_img_s": rate_img_s,
         "damaged": damaged,
         "models": {name: describe(f, command) for name, f in findings.items()},
@@ -250,6 +231,14 @@ def read_set(
     # Read by one process and told to all: a file that another process writes meanwhile must not count.
     told = [snapshots.load(names) if state.is_main_process else None]
     earlier: dict[str, Outcomes] = broadcast_object_list(told)[0]
+    bar.total = (bar.total or 0) - sum(int(f.done_CN.sum()) for f in earlier.values()) // state.num_processes
+    bar.refresh()
+    shape = (len(part.cells), len(part.sample_N))
+    if any(found.done_CN.shape != shape for found in earlier.values()):
+        raise ValueError(
+            f"{partial} holds partial results of other images than {part.store.path} has now; say --fresh to throw "
+            "them away"
+        )
     own: dict[str, Outcomes] = {}
     damaged: dict[int, str] = {}
     scored = 0
@@ -334,79 +323,6 @@ def claim(partial: Path, wanted: dict[str, Any], *, fresh: bool) -> None:
         return
     partial.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=1))
-
-
-def describe(findings: Findings, command: EvaluateCommand) -> dict[str, Any]:
-    """Return what results.json says of one model."""
-    summary = summarise(findings.cells, partial=command.partial_mce, released_bug=command.released_mce_bug)
-    classifier = findings.classifier
-    return {
-        **classifier.source,
-        "classes": len(classifier.classes),
-        "preprocessing": classifier.preprocessing.model_dump(mode="json"),
-        "trained_on": None if classifier.trained_on is None else list(classifier.trained_on),
-        "verdict": verdict(classifier.name, classifier.trained_on, summary),
-        **as_json(summary),
-        "severity_correlation": {
-            kind: {value: c._asdict() for value, c in by_value.items()}
-            for cells, _, found in findings.parts
-            if len(cells) > 1
-            for kind, by_value in severity_correlations(cells, found).items()
-        },
-        "mos_correlation": findings.opinion and {value: c._asdict() for value, c in findings.opinion.items()},
-        "intervals_95": joint_intervals(findings, command.seed),
-        "released_mce_bug": command.released_mce_bug,
-    }
-
-
-def opinion_correlations(command: EvaluateCommand, part: Pass, found: Outcomes) -> dict[str, Correlation]:
-    """Return how well confidence and the distance to the code follow the mean opinion scores."""
-    assert command.mos is not None
-    assert command.mos_images is not None
-    scores = np.array(list(read_opinions(command.mos, command.mos_images).values()))[part.sample_N]
-    sound_N = ~found.damaged_N
-    return {
-        value: correlation(found.value(value)[0, sound_N], scores[sound_N])
-        for value in ("confidence", "residual")
-        if not np.isnan(found.value(value)).all()
-    }
-
-
-def joint_intervals(findings: Findings, seed: int) -> dict[str, tuple[float, float]]:
-    """Return bootstrap intervals over the images that all cells of the benchmarks share; empty where they differ."""
-    parts = [part for part in findings.parts if len(part[0]) > 1 or part[0][0][1] or part[0][0][0] == CLEAN]
-    if not parts or any(part[1] != parts[0][1] for part in parts):
-        return {}
-    names = [cell for cells, _, _ in parts for cell in cells]
-    sound_N = ~np.any([found.damaged_N for _, _, found in parts], axis=0)
-    return intervals(names, np.concatenate([found.top1_CN for _, _, found in parts])[:, sound_N], seed)
-
-
-def environment(state: Accelerator) -> dict[str, Any]:
-    """Return what the numbers were made with."""
-    cuda = state.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
-        "processes": state.num_processes,
-    }
-
-
-def write(out: Path, report: dict[str, Any], findings: dict[str, Findings]) -> None:
-    """Write results.json, cells.csv and, for reports, how often each code was used in each cell."""
-    write_csv(out / "cells.csv", {name: f.cells for name, f in findings.items()})
-    usage: dict[str, Any] = {}
-    for name, f in findings.items():
-        for cells, _, found in f.parts:
-            for row, (kind, severity) in zip(found.usage_CK, cells, strict=True):
-                if row.size:
-                    usage[f"{name}/{kind}/{severity}"] = row
-    if usage:
-        np.savez_compressed(out / "code_usage.npz", **usage)
-    temporary = out / "results.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(out / "results.json")
 
 
 def _run_folder(checkpoint_path: Path) -> Path:

@@ -19,7 +19,7 @@ h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-top: 1px solid #d8dee5; 
 .tile span, .note { color: #5b6875; font-size: .87rem; }
 .verdict { border-left: 4px solid #0072b2; background: #f3f7fb; padding: .5rem .8rem; margin: .5rem 0;
            font-size: .95rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .22rem .6rem; border-bottom: 1px solid #e5e9ee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }

@@ -59,7 +59,10 @@ def code_usage(usage: Mapping[str, npt.NDArray[np.int64]], clean: str) -> bytes:
         share_K = np.sort(counts_K / counts_K.sum())[::-1]
         used = int((share_K > 0).sum())
         label = f"{words}: {used} of {len(share_K)} codes"
-        axis.plot(np.arange(1, used + 1), 100 * share_K[:used], color=COLOURS[i], lw=1.6, label=label)
+        marker = "o" if used < 30 else None
+        axis.plot(
+            np.arange(1, used + 1), 100 * share_K[:used], color=COLOURS[i], marker=marker, lw=1.6, label=label
+        )
     axis.set_yscale("log")
     axis.set_xlabel("codes, most used first", fontsize=8)
     axis.set_ylabel("share of uses, %", fontsize=8)
