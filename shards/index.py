@@ -58,7 +58,7 @@ def indexed(files: list[Path], class_file: Path | None = None) -> tuple[Header, 
     stamp = _stamp(files, classes)
     beside, cache = _beside(files, classes), _cache(files, classes)
     for place in (beside, cache):
-        if (found := _valid(place, stamp)) is not None:
+        if (found := _valid(place, files, stamp)) is not None:
             return found
     place = beside if _writable(beside) else cache
     place.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def indexed(files: list[Path], class_file: Path | None = None) -> tuple[Header, 
     fd = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        return _valid(place, stamp) or _make(files, classes, stamp, place)
+        return _valid(place, files, stamp) or _make(files, classes, stamp, place)
     finally:
         os.close(fd)
 
@@ -75,9 +75,8 @@ def kept_index(files: list[Path], class_file: Path | None = None) -> tuple[Heade
     """The index that was once made of these files, even if they have changed since; None without one."""
     classes = _classes(files, class_file)
     for place in (_beside(files, classes), _cache(files, classes)):
-        if (place / HEADER_NAME).is_file():
-            header = read_header(place)
-            return header, read_table(place, header)
+        if (found := _read(place, files)) is not None:
+            return found
     return None
 
 
@@ -116,15 +115,25 @@ def _writable(place: Path) -> bool:
     return os.access(there, os.W_OK | os.X_OK)
 
 
-def _valid(place: Path, stamp: str) -> tuple[Header, Table] | None:
-    if not (place / HEADER_NAME).is_file():
-        return None
+def _valid(place: Path, files: list[Path], stamp: str) -> tuple[Header, Table] | None:
     try:
-        header = read_header(place)
-        return (header, read_table(place, header)) if header.source == stamp else None
+        found = _read(place, files)
     except (ValueError, FileNotFoundError) as error:
         log.warning("the index is damaged and made again: %s", error)
         return None
+    return found if found is not None and found[0].source == stamp else None
+
+
+def _read(place: Path, files: list[Path]) -> tuple[Header, Table] | None:
+    if not (place / HEADER_NAME).is_file():
+        return None
+    header = read_header(place)
+    # It may have come with the shards, from a stranger: it must be about these files and no others.
+    if [shard.name for shard in header.shards] != [file.name for file in files]:
+        raise ValueError(
+            f"{place / HEADER_NAME}: lists other shards than those it lies beside; delete {place}"
+        )
+    return header, read_table(place, header)
 
 
 def _make(files: list[Path], classes: list[str] | None, stamp: str, place: Path) -> tuple[Header, Table]:
