@@ -31,7 +31,7 @@ from tools.runtime.device import loader_device_id
 from tools.runtime.ema import Ema
 from tools.runtime.guard import FiniteGuard, save_batch
 from tools.runtime.heartbeat import Heartbeat
-from tools.runtime.interrupt import Stop, StopRequest
+from tools.runtime.interrupt import Stop, StopRequest, end_at_once_when_asked
 from tools.runtime.launch import as_configured, make_accelerator, set_up_log
 from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
 from tools.runtime.metrics import MetricsFile, progress_line, write_status
@@ -39,7 +39,7 @@ from tools.runtime.monitor import Best, validate
 from tools.runtime.optim import learning_rate, make_optimizer, set_learning_rate
 from tools.runtime.resume import Progress, starting_point
 from tools.runtime.state import TrainingState
-from tools.runtime.step import train_step
+from tools.runtime.step import learning_mode, train_step
 from tools.runtime.trackers import Trackers
 from tools.runtime.watchdog import Watchdog
 
@@ -137,6 +137,7 @@ def run(
         state.restore(start.path)
         say(f"resumed after step {progress.step} from {start.path}")
     else:
+        learning_mode(accelerator.unwrap_model(net), config)
         start_codebook(
             accelerator,
             net,
@@ -323,6 +324,7 @@ def run(
 def main() -> None:
     """Run the command line; what the user got wrong is said in a line, without a traceback."""
     set_up_log()
+    end_at_once_when_asked()
     try:
         code = train(parse_command(TrainCommand))
     except (ValueError, OSError, FloatingPointError) as error:

@@ -122,9 +122,10 @@ class TimmTrunk(MapTrunk):
             self._tokens = net.eval().forward_features(image).ndim == 3 and hasattr(
                 net, "forward_intermediates"
             )
-        map_1Dhw = super()._probed(size)
         parameters = dict(net.named_parameters())
-        grads = torch.autograd.grad(map_1Dhw.sum(), list(parameters.values()), allow_unused=True)
+        with torch.enable_grad():
+            map_1Dhw = super()._probed(size)
+            grads = torch.autograd.grad(map_1Dhw.sum(), list(parameters.values()), allow_unused=True)
         used = {name.split(".")[0] for name, grad in zip(parameters, grads, strict=True) if grad is not None}
         self.left_out = tuple(sorted({name.split(".")[0] for name in parameters} - used))
         for child in self.left_out:
