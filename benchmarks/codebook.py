@@ -191,6 +191,10 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
         "TF32 addmm + argmin": lambda: (tf32_argmin(),),
         "float32 cdist + argmin": lambda: (torch.cdist(z_ND, codes_KD).argmin(1),),
     }
+    if z_ND.is_cuda and torch.cuda.get_device_capability() == (9, 0):
+        found["ours: search, Hopper variant"] = lambda: nearest_code(
+            z_ND, codes_KD, impl="hopper", prepared=prepared
+        )
     return found | installed_methods(z_ND, codes_KD)
 
 

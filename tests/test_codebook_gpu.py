@@ -51,6 +51,18 @@ def test_exact_on_hostile_data(built: Kernels, case: Case, metric: str, tile: st
     assert torch.equal(found.sqdist_N.cpu(), expected[1])
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not a Hopper GPU"
+)
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize(("n", "k", "d"), [(163, 1301, 130), (1000, 3000, 2048)])
+def test_hopper_variant_is_exact(case: Case, n: int, k: int, d: int) -> None:
+    z_ND, codes_KD = on_gpu(case, n, k, d)
+    found, expected = nearest_code(z_ND, codes_KD, impl="hopper"), nearest_code(z_ND, codes_KD, impl="cuda")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize("case", [*CASES[:8], all_equal], ids=[*NAMES[:8], "all_equal"])
 @pytest.mark.parametrize(("n", "k", "d"), [(128, 100_000, 512), (6272, 10_000, 2048), (25_088, 1000, 768)])
 def test_exact_at_the_sizes_that_matter(built: Kernels, case: Case, n: int, k: int, d: int) -> None:

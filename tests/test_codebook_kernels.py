@@ -11,13 +11,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.codebook import PreparedCodebook, kernels, nearest_code, quantize
-from model.codebook.kernels import TILE_AUTO, TILE_NARROW, TILE_WIDE, Kernels
+from model.codebook.kernels import TILE_AUTO, TILE_HOPPER, TILE_NARROW, TILE_WIDE, Kernels
 from model.codebook.search import search_in_blocks
 from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
 
@@ -72,6 +73,18 @@ def check(
 def test_exact_on_hostile_data(shim: Kernels, case: Case, metric: str, tile: str) -> None:
     candidates, scanned = check(shim, *data(case, 63, 301, 130), metric, TILES[tile])
     assert candidates >= 63 - scanned
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_hopper_variant_is_exact_on_hostile_data(shim: Kernels, case: Case) -> None:
+    """TMA, memory barriers and wgmma too; several code tiles, so that stages are used again."""
+    check(shim, *data(case, 70, 600, 130), "l2", TILE_HOPPER)
+
+
+def test_hopper_variant_by_cosine_and_over_row_tiles(shim: Kernels) -> None:
+    for case in (relu, collapsed):
+        check(shim, *data(case, 140, 300, 65), "cosine", TILE_HOPPER)
+    assert check(shim, *data(all_equal, 30, 300, 40), tile=TILE_HOPPER) == (0, 30)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -289,9 +302,10 @@ def test_prepared_codebook(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> No
         PreparedCodebook(codes_KD.T)
 
 
-def test_impl_cuda_without_cuda_says_so() -> None:
-    with pytest.raises(ValueError, match=r"impl 'cuda' needs CUDA tensors .* on cpu"):
-        nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), impl="cuda")
+@pytest.mark.parametrize("impl", ["cuda", "hopper"])
+def test_impl_for_cuda_without_cuda_says_so(impl: Literal["cuda", "hopper"]) -> None:
+    with pytest.raises(ValueError, match=rf"impl '{impl}' needs CUDA tensors .* on cpu"):
+        nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), impl=impl)
 
 
 def test_built_library_loads_without_a_driver_and_says_what_is_missing() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libvqsa_codebook.so")
 
-TILE_AUTO, TILE_WIDE, TILE_NARROW = 0, 1, 2
+TILE_AUTO, TILE_WIDE, TILE_NARROW, TILE_HOPPER = 0, 1, 2, 3
 """VqsaTile of csrc/codebook.h."""
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -181,15 +181,15 @@ def kernels_for(z_ND: Tensor, impl: str) -> Kernels | None:
     """The kernels to use for these features; None for the torch implementation.
 
     Raises:
-        ValueError: impl is "cuda" and there are none that can do it.
+        ValueError: impl is "cuda" or "hopper" and there are none that can do it.
     """
     found = None if impl == "torch" else kernels()
     if found is not None and z_ND.device.type == found.device_type and z_ND.shape[1] <= found.max_dim:
         return found
-    if impl == "cuda":
+    if impl in ("cuda", "hopper"):
         built = "built without nvcc" if found is None else f"for up to {found.max_dim} dimensions"
         raise ValueError(
-            f"nearest_code with impl 'cuda' needs CUDA tensors and the CUDA kernels ({built}), got "
+            f"nearest_code with impl {impl!r} needs CUDA tensors and the CUDA kernels ({built}), got "
             f"{tuple(z_ND.shape)} on {z_ND.device}; choose impl 'auto' or 'torch'"
         )
     return None

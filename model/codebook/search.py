@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.codebook.kernels import kernels_for
+from model.codebook.kernels import TILE_AUTO, TILE_HOPPER, kernels_for
 from model.codebook.prepared import Metric, PreparedCodebook
 
 _UNIT = 2.0**-24  # half a float32 unit in the last place
@@ -31,7 +31,7 @@ def nearest_code(
     z_ND: Tensor,
     codes_KD: Tensor,
     metric: Metric = "l2",
-    impl: Literal["auto", "torch", "cuda"] = "auto",
+    impl: Literal["auto", "torch", "cuda", "hopper"] = "auto",
     memory_mib: int = 256,
     prepared: PreparedCodebook | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,8 @@ def nearest_code(
         metric: "l2", or "cosine": both sides are normalised first (in float64), so that the squared distance
             is 2 − 2 cos. A zero feature gets index 0; the cosine to a zero code is 0.
         impl: "cuda" takes the kernels, "torch" the implementation in this file, "auto" the kernels where they
-            can be used.
+            can be used. "hopper" is a variant of the kernels for compute capability 9.0 that has not run on a
+            GPU yet.
         memory_mib: limit on the workspace of "torch" in MiB, beside inputs and outputs. The kernels need less
             than 64, and the prepared codebook.
         prepared: what the kernels need to know of these codes, if it is at hand; else they find out first.
@@ -92,8 +93,10 @@ def check_vectors(z_ND: Tensor, codes_KD: Tensor, metric: str, impl: str) -> Non
         )
     if metric not in ("l2", "cosine"):
         raise ValueError(f"nearest_code knows the metrics 'l2' and 'cosine', got {metric!r}")
-    if impl not in ("auto", "torch", "cuda"):
-        raise ValueError(f"nearest_code knows the implementations 'auto', 'torch' and 'cuda', got {impl!r}")
+    if impl not in ("auto", "torch", "cuda", "hopper"):
+        raise ValueError(
+            f"nearest_code knows the implementations 'auto', 'torch', 'cuda' and 'hopper', got {impl!r}"
+        )
 
 
 @torch.library.custom_op("vqsa::nearest_code", mutates_args=())
@@ -110,7 +113,8 @@ def _nearest_code(
     if fused is not None:
         z_ND, codes_KD = z_ND.contiguous(), codes_KD.contiguous()
         ready = fused.prepare(codes_KD, cosine) if prepared is None else prepared
-        found = fused.search(z_ND, codes_KD, cosine, ready)
+        tile = TILE_HOPPER if impl == "hopper" else TILE_AUTO
+        found = fused.search(z_ND, codes_KD, cosine, ready, tile=tile)
         return found.index_N, found.sqdist_N
     return search_in_blocks(z_ND, codes_KD, cosine, memory_mib)
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <string>
 
+#include "hopper.h"
 #include "prepare.h"
 #include "resolve.h"
 
@@ -62,9 +63,9 @@ Plan plan_search(int rows, int64_t codes, int32_t wanted, const Device& device) 
   const int row_tiles = static_cast<int>(divide_up(rows, kRowTile));
   Plan best = {VQSA_TILE_WIDE, 1};
   double least = 1e300;
-  for (const VqsaTile tile : {VQSA_TILE_WIDE, VQSA_TILE_NARROW}) {
-    if (wanted != VQSA_TILE_AUTO && wanted != tile) continue;
-    const bool large = tile == VQSA_TILE_WIDE;
+  for (const VqsaTile tile : {VQSA_TILE_WIDE, VQSA_TILE_NARROW, VQSA_TILE_HOPPER}) {
+    if (wanted == VQSA_TILE_AUTO ? tile == VQSA_TILE_HOPPER : wanted != tile) continue;
+    const bool large = tile != VQSA_TILE_NARROW;
     const int64_t tiles = divide_up(codes, large ? Large::kCodes : Small::kCodes);
     // A small tile moves more bytes for each product.
     const double tile_cost = large ? Large::kCodes : 1.5 * Small::kCodes;
@@ -129,6 +130,15 @@ const char* search_rows(const Workspace& work, const Prepared& prepared, int row
   if (plan.tile == VQSA_TILE_NARROW)
     return launch(search_codes<Small>, blocks, kSweepThreads, search_bytes<Small>(), stream, work, prepared, rows, codes,
                   plan.splits);
+  if (plan.tile == VQSA_TILE_HOPPER) {
+    if (device.capability != 90) return "the Hopper search needs a device of compute capability 9.0";
+    TensorMap features, code_map;
+    const char* why = tensor_map(features, work.shadow, rows, prepared.pitch, kRowTile);
+    if (why == nullptr) why = tensor_map(code_map, prepared.shadow, codes, prepared.pitch, Hopper::kCodes);
+    if (why != nullptr) return why;
+    return launch(search_codes_hopper, blocks, Hopper::kThreads, kHopperBytes, stream, features, code_map, work,
+                  prepared, rows, codes, plan.splits);
+  }
   if (static_cast<size_t>(device.shared_bytes) < search_bytes<Large>())
     return launch(search_codes<LargeShort>, blocks, kSweepThreads, search_bytes<LargeShort>(), stream, work, prepared,
                   rows, codes, plan.splits);

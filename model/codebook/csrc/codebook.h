@@ -18,7 +18,8 @@ VQSA_API int64_t vqsa_codebook_max_dim();
 VQSA_API int64_t vqsa_codebook_prepared_bytes(int64_t codes, int32_t dim, int32_t cosine);
 
 /// How the search cuts its work; the fastest for the device by default.
-enum VqsaTile { VQSA_TILE_AUTO = 0, VQSA_TILE_WIDE = 1, VQSA_TILE_NARROW = 2 };
+/// HOPPER (compute capability 9.0 only) has never run on a device: it is never chosen by itself.
+enum VqsaTile { VQSA_TILE_AUTO = 0, VQSA_TILE_WIDE = 1, VQSA_TILE_NARROW = 2, VQSA_TILE_HOPPER = 3 };
 
 /// Bytes of scratch for `features` rows, 0 on an error. Below 64 MB.
 VQSA_API int64_t vqsa_codebook_workspace_bytes(int64_t features, int64_t codes, int32_t dim, int32_t cosine,
@@ -37,6 +38,6 @@ VQSA_API int vqsa_codebook_search(const void* z, int32_t z_type, int64_t feature
                                   double* error, int64_t* usage, int64_t* effort, void* stream);
 
 /// For tests: float32 products (rows, codes) of float16 matrices (rows, pitch) and (codes, pitch), as the search
-/// accumulates them; pitch is a multiple of 32, tile is not AUTO. `numbers` holds 0, 1, … rows - 1.
+/// accumulates them; pitch is a multiple of 32, tile is WIDE or NARROW. `numbers` holds 0, 1, … rows - 1.
 VQSA_API int vqsa_codebook_products(const void* features, const int32_t* numbers, int32_t rows, const void* codes,
                                     int64_t code_count, int32_t pitch, int32_t tile, float* products, void* stream);

@@ -8,11 +8,17 @@
 #include "host_shim.h"
 #else
 
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define VQ_DEVICE __device__ __forceinline__
 #define VQ_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+
+#define VQ_CONSTANT const __grid_constant__
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define VQ_NO_HOPPER
+#endif
 
 namespace vqsa::codebook {
 
@@ -75,6 +81,103 @@ VQ_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Hopper. A barrier counts arrivals and the bytes that TMA has still to bring; its phase changes when both are in.
+struct alignas(8) MemoryBarrier {
+  uint64_t state;
+};
+using TensorMap = CUtensorMap;
+#if !defined(VQ_NO_HOPPER)
+VQ_DEVICE void barrier_start(MemoryBarrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+VQ_DEVICE void barrier_started() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+VQ_DEVICE void barrier_arrive(MemoryBarrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+VQ_DEVICE void barrier_expect(MemoryBarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+VQ_DEVICE void barrier_wait(MemoryBarrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+/// 64 halves of `count` rows (the map's box), swizzled by 128 bytes; zeros outside the matrix.
+VQ_DEVICE void load_tile(unsigned char* to, const TensorMap& map, MemoryBarrier* barrier, int column, int row, int) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+
+/// Rows of 128 bytes in atoms of 8 rows (1,024 bytes), swizzled by 128 bytes; the k-th 16 halves of each row.
+VQ_DEVICE uint64_t matrix_descriptor(const unsigned char* tile, int k) {
+  const uint64_t start = (shared_address(tile) + k * 32) >> 4 & 0x3FFF;
+  return start | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+VQ_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+VQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+VQ_DEVICE void wgmma_wait(float (&acc)[32][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#pragma unroll
+  for (int j = 0; j < 32; ++j)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) asm volatile("" : "+f"(acc[j][c])::"memory");
+}
+/// acc = A·Bᵀ (+ acc) for the warpgroup's 64 features and 256 codes.
+VQ_DEVICE void wgmma_64x256x16(float (&acc)[32][4], const unsigned char* a, const unsigned char* b, int k, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, add, 1, 1, 0, 0;\n}"
+      : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]), "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
+        "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]), "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
+        "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]), "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
+        "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]), "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3]),
+        "+f"(acc[8][0]), "+f"(acc[8][1]), "+f"(acc[8][2]), "+f"(acc[8][3]), "+f"(acc[9][0]), "+f"(acc[9][1]), "+f"(acc[9][2]), "+f"(acc[9][3]),
+        "+f"(acc[10][0]), "+f"(acc[10][1]), "+f"(acc[10][2]), "+f"(acc[10][3]), "+f"(acc[11][0]), "+f"(acc[11][1]), "+f"(acc[11][2]), "+f"(acc[11][3]),
+        "+f"(acc[12][0]), "+f"(acc[12][1]), "+f"(acc[12][2]), "+f"(acc[12][3]), "+f"(acc[13][0]), "+f"(acc[13][1]), "+f"(acc[13][2]), "+f"(acc[13][3]),
+        "+f"(acc[14][0]), "+f"(acc[14][1]), "+f"(acc[14][2]), "+f"(acc[14][3]), "+f"(acc[15][0]), "+f"(acc[15][1]), "+f"(acc[15][2]), "+f"(acc[15][3]),
+        "+f"(acc[16][0]), "+f"(acc[16][1]), "+f"(acc[16][2]), "+f"(acc[16][3]), "+f"(acc[17][0]), "+f"(acc[17][1]), "+f"(acc[17][2]), "+f"(acc[17][3]),
+        "+f"(acc[18][0]), "+f"(acc[18][1]), "+f"(acc[18][2]), "+f"(acc[18][3]), "+f"(acc[19][0]), "+f"(acc[19][1]), "+f"(acc[19][2]), "+f"(acc[19][3]),
+        "+f"(acc[20][0]), "+f"(acc[20][1]), "+f"(acc[20][2]), "+f"(acc[20][3]), "+f"(acc[21][0]), "+f"(acc[21][1]), "+f"(acc[21][2]), "+f"(acc[21][3]),
+        "+f"(acc[22][0]), "+f"(acc[22][1]), "+f"(acc[22][2]), "+f"(acc[22][3]), "+f"(acc[23][0]), "+f"(acc[23][1]), "+f"(acc[23][2]), "+f"(acc[23][3]),
+        "+f"(acc[24][0]), "+f"(acc[24][1]), "+f"(acc[24][2]), "+f"(acc[24][3]), "+f"(acc[25][0]), "+f"(acc[25][1]), "+f"(acc[25][2]), "+f"(acc[25][3]),
+        "+f"(acc[26][0]), "+f"(acc[26][1]), "+f"(acc[26][2]), "+f"(acc[26][3]), "+f"(acc[27][0]), "+f"(acc[27][1]), "+f"(acc[27][2]), "+f"(acc[27][3]),
+        "+f"(acc[28][0]), "+f"(acc[28][1]), "+f"(acc[28][2]), "+f"(acc[28][3]), "+f"(acc[29][0]), "+f"(acc[29][1]), "+f"(acc[29][2]), "+f"(acc[29][3]),
+        "+f"(acc[30][0]), "+f"(acc[30][1]), "+f"(acc[30][2]), "+f"(acc[30][3]), "+f"(acc[31][0]), "+f"(acc[31][1]), "+f"(acc[31][2]), "+f"(acc[31][3])
+      : "l"(matrix_descriptor(a, k)), "l"(matrix_descriptor(b, k)), "r"(static_cast<int>(add)));
+}
+template <int kCount>
+VQ_DEVICE void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+VQ_DEVICE void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+VQ_DEVICE unsigned char* align_shared(unsigned char* pointer, uint32_t to) {
+  return pointer + (to - shared_address(pointer) % to) % to;
+}
+#endif
+
 VQ_DEVICE uint32_t atomic_min(uint32_t* where, uint32_t value) { return atomicMin(where, value); }
 VQ_DEVICE uint32_t atomic_max(uint32_t* where, uint32_t value) { return atomicMax(where, value); }
 VQ_DEVICE int32_t atomic_add(int32_t* where, int32_t value) { return atomicAdd(where, value); }
@@ -88,6 +191,8 @@ VQ_DEVICE T atomic_read(const T* where) {
   return *static_cast<const volatile T*>(where);
 }
 
+/// Keeps the compiler from knowing the value.
+VQ_DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
 VQ_DEVICE int first_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
 VQ_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 VQ_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
@@ -108,7 +213,7 @@ const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_
 
 /// What the choice of tiles depends on.
 struct Device {
-  int multiprocessors, shared_bytes;
+  int multiprocessors, shared_bytes, capability;
 };
 inline const char* device(Device& out) {
   int number = 0;
@@ -117,7 +222,33 @@ inline const char* device(Device& out) {
     error = cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, number);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&out.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+  int major = 0, minor = 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+  out.capability = major * 10 + minor;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+/// Describes a half matrix (rows, pitch) that is loaded in boxes of 64 columns and `box_rows` rows.
+inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows, int pitch, int box_rows) {
+  static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+  if (encode == nullptr) {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (status != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
+    encode = reinterpret_cast<decltype(encode)>(found);
+  }
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(pitch), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * 2};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  const CUresult result =
+      encode(&out, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<uint16_t*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the matrix";
 }
 
 }  // namespace vqsa::codebook

@@ -70,12 +70,21 @@ struct Copy {
   bool valid;
 };
 
+struct Product {  // a wgmma that has been issued
+  float* acc;
+  const unsigned char* a;
+  const unsigned char* b;
+  int k;
+  bool add;
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<char[]> stack;
   State state = State::done;
   int thread = 0;
-  std::vector<std::vector<Copy>> groups;  // cp.async, oldest first; the last one is still open
+  std::vector<std::vector<Copy>> groups;       // cp.async, oldest first; the last one is still open
+  std::vector<std::vector<Product>> products;  // wgmma, likewise
 #if defined(__SANITIZE_THREAD__)
   void* tsan = __tsan_create_fiber(0);
 #endif
@@ -185,6 +194,7 @@ NO_TSAN inline void run_block(int block, int blocks, int threads, size_t shared_
     fiber.thread = t;
     fiber.state = State::ready;
     fiber.groups.assign(1, {});
+    fiber.products.assign(1, {});
     // As if `entry` had been called: the stack pointer is 8 short of a multiple of 16 at its first instruction.
     void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStackBytes) & ~uintptr_t(15));
     *--top = nullptr;
@@ -288,6 +298,7 @@ inline float towards_zero(double value) {
 
 #define VQ_DEVICE inline
 #define VQ_KERNEL(threads) inline void
+#define VQ_CONSTANT const
 
 namespace vqsa::codebook {
 
@@ -429,6 +440,114 @@ inline void copy_async_wait() {
   }
 }
 
+/// A barrier that counts arrivals and bytes, as Hopper's mbarrier.
+struct MemoryBarrier {
+  int32_t arrivals, waiting_for, bytes;
+  uint32_t phase;
+};
+NO_TSAN inline void barrier_start(MemoryBarrier* barrier, int arrivals) { *barrier = {arrivals, arrivals, 0, 0}; }
+inline void barrier_started() {}
+NO_TSAN inline void barrier_check(MemoryBarrier* barrier) {
+  if (barrier->waiting_for > 0 || barrier->bytes > 0) return;
+  barrier->waiting_for = barrier->arrivals;
+  barrier->phase ^= 1;
+}
+NO_TSAN inline void barrier_arrive(MemoryBarrier* barrier) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(barrier);
+#endif
+  --barrier->waiting_for;
+  barrier_check(barrier);
+}
+NO_TSAN inline void barrier_expect(MemoryBarrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  barrier_arrive(barrier);
+}
+NO_TSAN inline void barrier_wait(MemoryBarrier* barrier, uint32_t parity) {
+  for (int round = 0; (barrier->phase & 1) == parity; ++round) {
+    if (round > 1000000) {
+      std::fprintf(stderr, "host shim: block %d hangs at a memory barrier\n", block_index());
+      std::abort();
+    }
+    shim::to_scheduler();
+  }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(barrier);
+#endif
+}
+
+struct TensorMap {
+  const uint16_t* data;
+  int64_t rows;
+  int pitch;
+};
+inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows, int pitch, int) {
+  out = {data, rows, pitch};
+  return nullptr;
+}
+/// 64 halves of `count` rows, the pieces of a row exchanged as TMA's 128-byte swizzle does; zeros outside.
+inline void load_tile(unsigned char* to, const TensorMap& map, MemoryBarrier* barrier, int column, int row, int count) {
+  for (int r = 0; r < count; ++r)
+    for (int piece = 0; piece < 8; ++piece) {
+      unsigned char* where = to + r * 128 + ((piece ^ (r & 7)) << 4);
+      if (row + r < map.rows && column + piece * 8 < map.pitch)
+        std::memcpy(where, map.data + (row + r) * int64_t(map.pitch) + column + piece * 8, 16);
+      else
+        std::memset(where, 0, 16);
+    }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(barrier);
+#endif
+  barrier->bytes -= count * 128;
+  barrier_check(barrier);
+}
+
+inline void wgmma_begin() {}
+inline void wgmma_64x256x16(float (&acc)[32][4], const unsigned char* a, const unsigned char* b, int k, bool add) {
+  this_fiber().products.back().push_back({&acc[0][0], a, b, k, add});
+}
+inline void wgmma_commit() { this_fiber().products.emplace_back(); }
+/// Carries the products out, as late as they may be; each thread its own part.
+template <int kPending>
+inline void wgmma_wait(float (&)[32][4]) {
+  auto& products = this_fiber().products;
+  const float* table = shim::half_table();
+  const int lane = thread_index() % 32, warp = thread_index() / 32 % 4;
+  while (static_cast<int>(products.size()) - 1 > kPending) {
+    for (const shim::Product& p : products.front()) {
+      auto values = [&](const unsigned char* tile, int row, double (&out)[16]) {
+        for (int half = 0; half < 2; ++half) {
+          uint16_t bits[8];
+          std::memcpy(bits, tile + row * 128 + (((p.k * 2 + half) ^ (row & 7)) << 4), 16);
+          for (int i = 0; i < 8; ++i) out[half * 8 + i] = table[bits[i]];
+        }
+      };
+      double left[2][16], right[16];
+      for (int h = 0; h < 2; ++h) values(p.a, warp * 16 + lane / 4 + h * 8, left[h]);
+      for (int column = 0; column < 64; ++column) {
+        values(p.b, column / 2 * 8 + lane % 4 * 2 + column % 2, right);
+        for (int h = 0; h < 2; ++h) {
+          float& element = p.acc[column / 2 * 4 + h * 2 + column % 2];
+          double sum = p.add ? element : 0.0;
+          for (int first = 0; first < 16; first += 8) {
+            for (int i = first; i < first + 8; ++i) sum += left[h][i] * right[i];
+            sum = shim::towards_zero(sum);
+          }
+          element = float(sum);
+        }
+      }
+    }
+    products.erase(products.begin());
+  }
+}
+template <int kCount>
+inline void fewer_registers() {}
+template <int kCount>
+inline void more_registers() {}
+inline unsigned char* align_shared(unsigned char* pointer, size_t to) {
+  return pointer + (to - reinterpret_cast<uintptr_t>(pointer) % to) % to;
+}
+
 inline uint32_t atomic_min(uint32_t* where, uint32_t value) {
   uint32_t before = __atomic_load_n(where, __ATOMIC_RELAXED);
   __atomic_store_n(where, std::min(before, value), __ATOMIC_RELAXED);
@@ -450,6 +569,7 @@ inline T atomic_read(const T* where) {
   return __atomic_load_n(where, __ATOMIC_RELAXED);
 }
 
+inline void forget(int&) {}
 inline int first_bit(uint32_t word) { return __builtin_ctz(word); }
 inline float half_to_float(uint16_t bits) { return shim::half_table()[bits]; }
 inline uint16_t float_to_half(float value) { return shim::float_to_half(value); }
@@ -472,10 +592,10 @@ const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_
 }
 
 struct Device {
-  int multiprocessors, shared_bytes;
+  int multiprocessors, shared_bytes, capability;
 };
 inline const char* device(Device& out) {
-  out = {4, 227 * 1024};
+  out = {4, 227 * 1024, 90};
   return nullptr;
 }
 

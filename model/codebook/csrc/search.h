@@ -41,6 +41,22 @@ VQ_DEVICE int still_possible(Candidate* list, int count, float limit) {
   return kept;
 }
 
+/// Hands a block's list for one feature over, less what all blocks together have ruled out by now.
+VQ_DEVICE void finish_list(const Workspace& work, int row, Candidate* list, int count, float limit) {
+  const uint32_t mine = ordered(limit), others = atomic_min(&work.limit[row], mine);
+  if (count > kListPlaces) {
+    mark_overflow(work, row);
+    return;
+  }
+  const int kept = still_possible(list, count, from_ordered(others < mine ? others : mine));
+  const int at = kept > 0 ? atomic_add(&work.count[row], kept) : 0;
+  if (at + kept > work.capacity) {
+    mark_overflow(work, row);
+    return;
+  }
+  for (int i = 0; i < kept; ++i) work.candidates[static_cast<int64_t>(row) * work.capacity + at + i] = list[i];
+}
+
 /// Blocks count through the feature tiles first, so that those at work at one time share their codes in L2.
 template <class T>
 VQ_KERNEL(kSweepThreads) search_codes(Workspace work, Prepared prepared, int row_count, int64_t code_count, int splits) {
@@ -142,22 +158,8 @@ VQ_KERNEL(kSweepThreads) search_codes(Workspace work, Prepared prepared, int row
   sweep<T>(stages, work.shadow, own.rows, prepared.shadow, prepared.pitch, code_count, split_start(tiles, split, splits),
            split_start(tiles, split + 1, splits), done);
 
-  if (thread < kRowTile && own.rows[thread] >= 0) {
-    const int row = own.rows[thread];
-    const uint32_t mine = own.limit[thread], others = atomic_min(&work.limit[row], mine);
-    const int count = own.count[thread];
-    if (count > kListPlaces) {
-      mark_overflow(work, row);
-    } else {
-      const int kept = still_possible(own.list[thread], count, from_ordered(others < mine ? others : mine));
-      const int at = kept > 0 ? atomic_add(&work.count[row], kept) : 0;
-      if (at + kept > work.capacity) {
-        mark_overflow(work, row);
-      } else {
-        for (int i = 0; i < kept; ++i) work.candidates[static_cast<int64_t>(row) * work.capacity + at + i] = own.list[thread][i];
-      }
-    }
-  }
+  if (thread < kRowTile && own.rows[thread] >= 0)
+    finish_list(work, own.rows[thread], own.list[thread], own.count[thread], from_ordered(own.limit[thread]));
 }
 
 }  // namespace vqsa::codebook
