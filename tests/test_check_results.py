@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, data_root
 
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS
-from tools.check_results import CheckCommand, check, pair_flags
+from tools.check_results import CheckCommand, check, pair_flags, text
 from tools.runtime.alexnet import ALEXNET_CLEAN_ERROR, ALEXNET_ERROR
 
 # Per-cell accuracies of published models (RobustBench) and their mCE with AlexNet's errors to four decimals.
@@ -154,6 +154,14 @@ def test_better_than_clean_is_flagged(tmp_path: Path) -> None:
 def test_impossible_tables_are_refused(tmp_path: Path, rows: list[tuple[object, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(CheckCommand(cells=table(tmp_path / "cells.csv", rows)))
+
+
+def test_metrics_can_be_chosen(oracle: Path) -> None:
+    found = check(CheckCommand(cells=oracle, metrics=("mce", "known")))
+    assert set(found["AlexNet"]) == {"mce", "known", "missing_cells", "flags"}
+    assert "76.37" in text(found)
+    with pytest.raises(ValueError, match="unknown metric 'mec'; did you mean 'mce'"):
+        check(CheckCommand(cells=oracle, metrics=("mec",)))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

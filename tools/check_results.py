@@ -37,6 +37,9 @@ class CheckCommand(BaseModel):
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print JSON: {model: {known, unknown, mce, relative_mce, …}}; mCE in percent, accuracies as fractions."""
 
+    metrics: tuple[str, ...] = ()
+    """Give these numbers only, by their names in the JSON; all by default. Missing cells and flags are always said."""
+
     partial: bool = False
     """Give Known, Unknown and mCE over the kinds there are, where some are missing."""
 
@@ -58,7 +61,10 @@ def check(command: CheckCommand) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(f"{command.cells}: no such file; tools/evaluate.py writes cells.csv")
     printed = read_printed(command.cells)
     if printed is not None:
-        return {model: {**pair, "flags": pair_flags(**pair)} for model, pair in printed.items()}
+        return {
+            model: chosen({**pair, "flags": pair_flags(**pair)}, command.metrics)
+            for model, pair in printed.items()
+        }
     found = {}
     for model, cells in read_csv(command.cells).items():
         for cell in cells:
@@ -74,7 +80,21 @@ def check(command: CheckCommand) -> dict[str, dict[str, Any]]:
         found[model] = aggregates(cells, summary, partial=command.partial)
     if not found:
         raise ValueError(f"{command.cells}: no rows")
-    return found
+    return {model: chosen(numbers, command.metrics) for model, numbers in found.items()}
+
+
+def chosen(numbers: dict[str, Any], metrics: tuple[str, ...]) -> dict[str, Any]:
+    """Return the metrics asked for, and what is always said.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    said = ("missing_cells", "flags")
+    known = [name for name in numbers if name not in said]
+    for name in metrics:
+        if name not in known:
+            raise ValueError(f"--metrics: unknown metric {name!r}{suggest(name, known)}")
+    return {name: value for name, value in numbers.items() if not metrics or name in (*metrics, *said)}
 
 
 def read_printed(path: Path) -> dict[str, dict[str, float]] | None:
@@ -146,16 +166,16 @@ def pair_flags(known: float, mce: float) -> list[str]:
 def text(found: dict[str, dict[str, Any]]) -> str:
     """Put the findings in words."""
 
-    def percent(value: float | None, factor: float = 100) -> str:
-        return "     -" if value is None else f"{factor * value:6.2f}"
+    columns = {"clean": 100, "known": 100, "unknown": 100, "mce": 1, "relative_mce": 1}
+    columns = {name: factor for name, factor in columns.items() if any(name in f for f in found.values())}
+
+    def cell(f: dict[str, Any], name: str, factor: int) -> str:
+        return f"{'-':>13s}" if f.get(name) is None else f"{factor * f[name]:13.2f}"
 
     width = max(len("model"), *(len(model) for model in found))
-    lines = [f"{'model':{width}s}   clean   known unknown     mCE  rel.mCE"]
+    lines = [f"{'model':{width}s}" + "".join(f"{name:>13s}" for name in columns)]
     for model, f in found.items():
-        lines.append(
-            f"{model:{width}s}  {percent(f.get('clean'))}  {percent(f['known'])}  {percent(f.get('unknown'))}  "
-            f"{percent(f['mce'], 1)}   {percent(f.get('relative_mce'), 1)}"
-        )
+        lines.append(f"{model:{width}s}" + "".join(cell(f, name, factor) for name, factor in columns.items()))
     for model, f in found.items():
         missing = [(m.rpartition(" ")[0], int(m.rpartition(" ")[2])) for m in f.get("missing_cells", ())]
         if missing:
