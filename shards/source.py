@@ -6,7 +6,9 @@ file, read in place. So the worker that writes a shard has one way to read, what
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,16 +76,19 @@ class SampleReader:
         """
         path = os.path.join(self._root, sample.file)
         if sample.offset is None:
-            with open(path, "rb", buffering=0) as file:
+            fd = _open(path)
+            try:
                 # One byte more than listed shows a file that has grown, however large it is now.
-                return _exactly(file.fileno(), sample.size + 1, 0)
-        fd = self._fds.get(path)
-        if fd is None:
+                return _exactly(fd, sample.size + 1, 0)
+            finally:
+                os.close(fd)
+        found = self._fds.get(path)
+        if found is None:
             if len(self._fds) == _MAX_OPEN:
                 os.close(self._fds.popitem(last=False)[1])
-            fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            found = self._fds[path] = _open(path)
         self._fds.move_to_end(path)
-        return _exactly(fd, sample.size, sample.offset)
+        return _exactly(found, sample.size, sample.offset)
 
     def __enter__(self) -> SampleReader:
         return self
@@ -93,6 +98,15 @@ class SampleReader:
     ) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _open(path: str) -> int:
+    """A descriptor of a regular file; anything else could keep the reader waiting for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
 
 
 def _exactly(fd: int, size: int, offset: int) -> bytes:

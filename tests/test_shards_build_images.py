@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -26,14 +27,16 @@ def test_damaged_images_are_skipped_and_listed(source: Path, tmp_path: Path) -> 
     write_tree(source / "c1", {name: data for name, (data, _) in DAMAGED.items()})
     (source / "c1" / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     (source / "c1" / "unreadable.jpg").symlink_to("/proc/self/mem")  # whose first byte nobody may read
+    os.mkfifo(source / "c1" / "pipe.jpg")  # reading it would wait for a writer
     report = run(source, tmp_path / "out", on_error="skip")
-    assert report.counts["rejected"] == 6
+    assert report.counts["rejected"] == 7
     assert report.samples == len(shards.open(tmp_path / "out")) == 12
     with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     wanted = {f"c1/{name}": why for name, (_, why) in DAMAGED.items()} | {
         "c1/link.jpg": "cannot be read: No such file or directory",
         "c1/unreadable.jpg": "cannot be read: Input/output error",
+        "c1/pipe.jpg": "cannot be read: not a regular file",
     }
     assert {row["file"] for row in rows} == wanted.keys()
     assert all(wanted[row["file"]] in row["reason"] for row in rows)

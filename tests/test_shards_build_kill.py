@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from building import digests, encoded, run, write_tree
 
@@ -103,6 +105,32 @@ def test_killed_at_random_moments_the_build_goes_on_to_the_same_bytes(
     last = start(source, out, target, environment)
     assert last.wait(120) == 0
     assert digests(out) == wanted
+
+
+def test_a_killed_worker_is_said_and_the_build_goes_on(
+    source: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    for attempt in range(20):  # the build may be finished before the kill
+        out = tmp_path / f"out{attempt}"
+        process = start(source, out, "tar", environment)
+        builder = psutil.Process(process.pid)
+        workers: list[psutil.Process] = []
+        while not workers and process.poll() is None:
+            for child in builder.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    workers += child.children()  # of the fork server
+        for worker in workers[:1]:
+            worker.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+        if process.returncode:
+            break
+    assert (
+        b"ChildProcessError: a worker process was killed, most likely for want of memory; finished" in error
+    )
+    last = start(source, out, "tar", environment)
+    assert last.wait(120) == 0
+    run(source, tmp_path / "straight", samples_per_shard=5)
+    assert digests(out) == digests(tmp_path / "straight")
 
 
 @pytest.fixture

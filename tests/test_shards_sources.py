@@ -295,8 +295,26 @@ def test_damage_in_tars_of_others_is_named(source: Path, tmp_path: Path) -> None
     assert "c1_1" in (tmp_path / "out" / "rejected.csv").read_text()
 
 
+def test_names_in_tars_of_others_stay_inside_the_output(source: Path, tmp_path: Path) -> None:
+    files = {
+        "../../up.jpg": encoded(),
+        "../../up.cls": b"0",
+        "/root/x.jpg": encoded(seed=1),
+        "/root/x.cls": b"1",
+    }
+    before = sorted(tmp_path.rglob("*"))
+    run(packed(files, tmp_path / "evil" / "a.tar"), tmp_path / "deep" / "er" / "out")
+    store = shards.open(tmp_path / "deep" / "er" / "out")
+    assert [store.key(i) for i in range(2)] == ["______up", "_root_x"]
+    made = {p.relative_to(tmp_path).parts[0] for p in set(tmp_path.rglob("*")) - set(before)}
+    assert made == {"evil", "deep"}
+    assert {p.name for p in (tmp_path / "deep" / "er").iterdir()} == {"out"}
+
+
 def test_to_beton_and_back_keeps_every_byte(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "tar", seed=2)
+    dry = run(tmp_path / "tar", tmp_path / "dry", target="beton", samples_per_shard=None, dry_run=True)
+    assert (dry.samples, dry.shards) == (12, 1)
     for workers in (1, 4):
         run(
             tmp_path / "tar",

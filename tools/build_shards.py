@@ -27,7 +27,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     size = f"{report.samples} images of {report.classes} classes, {report.image_bytes / 1e6:.1f} MB in the source"
-    shards = f"{report.shards} {'pieces of one file' if one_file(options) else 'shards'}"
+    plural = "" if report.shards == 1 else "s"
+    shards = (
+        f"{report.shards} piece{plural} of one file"
+        if one_file(options)
+        else f"{report.shards} shard{plural}"
+    )
     if options.dry_run:
         print(f"would build {shards} ({report.reused_shards} are finished) from {size}")
     elif not report.built:
