@@ -30,7 +30,7 @@ Version: 4
 Libs: -lopencv_imgproc -lopencv_core
 Cflags: -I$out/shim -I/usr/include/opencv4
 PC
-"$out/bin/python" -m pip install -q -c constraints.txt numba setuptools
+"$out/bin/python" -m pip install -q -c constraints.txt numba setuptools wheel
 # ffcv's own list of requirements names packages it does not use, and another OpenCV.
 PKG_CONFIG_PATH="$out/shim" "$out/bin/python" -m pip install -q --no-deps --no-build-isolation ffcv==1.0.2
 "$out/bin/python" -c 'import ffcv; from importlib.metadata import version; print("ffcv", version("ffcv"))'
