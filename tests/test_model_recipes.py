@@ -75,6 +75,17 @@ def test_is_complete_but_for_a_length_the_paper_does_not_state(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_quirks_of_the_authors_code_are_the_released_recipes_alone(name: str) -> None:
+    config = _config(name)
+    assert config.model.released_eval_scale == (name == "released")
+    if name == "released":
+        choices = config.model
+        assert (choices.quantise, choices.metric, choices.init) == ("pooled", "cosine", "uniform03")
+        assert (config.optim.name, config.optim.lr, config.optim.momentum) == ("sgd", 1e-3, 0.9)
+        assert (config.optim.weight_decay, config.epochs, config.pipeline.law) == (5e-4, 300, "bag")
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_wrong_option_fails_when_it_is_read(name: str) -> None:
     settings = read_recipe(RECIPES / f"{name}.toml")
     wrong = {**settings, "model": {**settings["model"], "fusoin": "concat"}}

@@ -107,9 +107,13 @@ def test_unused_codes_come_back_as_features_of_the_batch() -> None:
     assert len({tuple(row) for row in book.codes.detach()[4:].tolist()}) == 6
     assert upkeep.ema_count_K[4:].eq(1).all()
     assert not torch.equal(book.codes[:4], start_KD[:4])
+    with torch.no_grad():  # a code that was in use in the first three steps, and is not in the next three
+        upkeep.ema_sum_KD[0] += 1e6
+        book.codes[0] += 1e6
     for _ in range(3):
         _step(book, z_ND)
-    assert upkeep.revived == 6, "a revived code sits on a feature of this batch, so it is in use"
+    assert upkeep.revived == 7, "the six sit on features of this batch, so they are in use"
+    assert (book.codes[0] < 1e5).all()
 
 
 def test_fewer_features_than_dead_codes_revives_as_many() -> None:
