@@ -25,7 +25,6 @@ from ranks import ROOT, Ranks, run
 from tools.runtime import checkpoint
 from tools.runtime.metrics import read_metrics
 
-STEPS = 60
 WITHIN_S = 60  # for the other process to notice
 
 
@@ -84,7 +83,7 @@ def disturb(
     }
 
 
-def differences(a: Path, b: Path) -> list[str]:
+def differences(a: Path, b: Path, steps: int) -> list[str]:
     """Return what differs between two finished runs, in words."""
     import torch
 
@@ -107,16 +106,16 @@ def differences(a: Path, b: Path) -> list[str]:
         [{k: v for k, v in r.items() if k not in varies} for r in read_metrics(out / "metrics.jsonl")]
         for out in (a, b)
     ]
-    if [r["step"] for r in logs[1]] != list(range(1, STEPS + 1)):
+    if [r["step"] for r in logs[1]] != list(range(1, steps + 1)):
         found.append(f"steps in the log: {[r['step'] for r in logs[1]]}")
     if logs[0] != logs[1]:
         found.append("metrics")
     return found
 
 
-def kill_loop(shards: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def kill_loop(shards: Path, folder: Path, kills: int, seed: int, steps: int) -> dict[str, Any]:
     """Run undisturbed and with kills; returns the result as it is written to the file."""
-    arguments = ["--recipe", str(ROOT / "tests" / "tiny.toml"), "--data", str(shards), "--steps", str(STEPS)]
+    arguments = ["--recipe", str(ROOT / "tests" / "tiny.toml"), "--data", str(shards), "--steps", str(steps)]
     arguments += ["--checkpoint-every", "3", "--lost-after-s", "10", "--join-within-s", "20"]
     calm, disturbed = folder / "calm", folder / "disturbed"
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,8 +133,8 @@ def kill_loop(shards: Path, folder: Path, kills: int, seed: int) -> dict[str, An
         "kills_during_a_checkpoint_write": sum(d["unfinished_checkpoint"] is not None for d in done),
         "kills_of_one_process": sum(len(d["killed_ranks"]) == 1 for d in done),
         "longest_s_until_the_others_ended": max(d["others_lived_s"] for d in done),
-        "steps": STEPS,
-        "differences": differences(calm, disturbed),
+        "steps": steps,
+        "differences": differences(calm, disturbed, steps),
         "each": done,
     }
 
@@ -147,6 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--data", type=Path, help="shard set; by default 90 generated pictures")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
@@ -162,12 +162,14 @@ def main() -> None:
             shards = folder / "shards"
             build(BuildOptions(source=folder / "source", out=shards, name="pictures", workers=1))
         began_s = time.perf_counter()
-        result = kill_loop(shards, folder / "runs", chosen.kills, chosen.seed)
+        result = kill_loop(shards, folder / "runs", chosen.kills, chosen.seed, chosen.steps)
         result["seconds"] = round(time.perf_counter() - began_s, 1)
     if chosen.out:
         from benchmarks.environment import environment
 
-        command = f"python tests/kill_loop.py --kills {chosen.kills} --seed {chosen.seed}"
+        command = (
+            f"python tests/kill_loop.py --kills {chosen.kills} --seed {chosen.seed} --steps {chosen.steps}"
+        )
         chosen.out.write_text(json.dumps({**environment(), "command": command, **result}, indent=1) + "\n")
     print(f"{result['kills']} kills, differences: {result['differences'] or 'none'}")
     sys.exit(bool(result["differences"]))

@@ -30,8 +30,8 @@ def test_the_golden_losses_notice_a_change(picture_shards: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "bound"),
     [
-        (("--precision", "bf16"), 0.06),  # eight bits of mantissa through ten layers and twenty steps
-        (("--optim.fused",), 2e-3),
+        (("--precision", "bf16"), 0.1),  # eight bits of mantissa, and some features get another code
+        (("--optim.fused", "True"), 2e-3),
         (("--compile",), 2e-3),
     ],
     ids=["bf16", "fused", "compile"],

@@ -101,10 +101,15 @@ class Heartbeat:
             log.critical("%s: %s; looking for the process behind it", self._names[self._rank], error)
             self._over.wait(self._lost_after_s + 2 * self._interval_s)
 
+    def _runs(self, rank: int) -> bool:
+        """Whether a process runs, as far as can be told: of another machine it cannot."""
+        pid, host = self._places[rank]
+        return host != socket.gethostname() or _runs(pid)
+
     def _gone(self) -> str:
         """Name a process of this machine that no longer runs."""
-        for rank, (pid, host) in enumerate(self._places):
-            if rank != self._rank and host == socket.gethostname() and not _runs(pid):
+        for rank in range(self._ranks):
+            if not self._runs(rank):
                 return f"{self._names[rank]} no longer runs: killed or crashed"
         return ""
 
@@ -156,8 +161,13 @@ class Heartbeat:
                     for rank, beat in enumerate(self._beats()):
                         if beat != last[rank] or beat == "left":
                             last[rank], heard_s[rank] = beat, now_s
+                        elif not self._runs(rank):
+                            self._accuse(rank, "no longer runs: killed or crashed")
                         elif now_s - heard_s[rank] > self._lost_after_s:
-                            self._accuse(rank, now_s - heard_s[rank])
+                            silent_s = now_s - heard_s[rank]
+                            self._accuse(
+                                rank, f"has not been heard of for {silent_s:.0f} s: dead, stopped or cut off"
+                            )
                 verdict = self._verdict()
             except Exception as error:
                 if self._over.is_set():
@@ -172,10 +182,9 @@ class Heartbeat:
                     )  # let the others read it: the store ends with this process
                 os._exit(EXIT_CODE)
 
-    def _accuse(self, rank: int, silent_s: float) -> None:
-        message = f"{self._names[rank]} has not been heard of for {silent_s:.0f} s: dead, stopped or cut off"
+    def _accuse(self, rank: int, what: str) -> None:
         with self._lock:
-            self._store.compare_set(_VERDICT, "", message)
+            self._store.compare_set(_VERDICT, "", f"{self._names[rank]} {what}")
 
 
 def _runs(pid: int) -> bool:

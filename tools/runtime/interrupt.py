@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from enum import IntEnum
@@ -36,6 +37,13 @@ _SIGNALS = {
     signal.SIGTERM: Stop.PREEMPTED,
     signal.SIGUSR1: Stop.PREEMPTED,
 }
+
+
+def end_at_once_when_asked() -> None:
+    """Until the loop starts there is nothing to save: a scheduler's signal ends the process with its code."""
+    for number, reason in _SIGNALS.items():
+        if reason is Stop.PREEMPTED:
+            signal.signal(number, lambda *_: os._exit(Stop.PREEMPTED.exit_code))
 
 
 class StopRequest:
