@@ -194,6 +194,16 @@ def test_empty_batch() -> None:
         ({"severity": [1, 2]}, ValueError, "2 values for 1 images"),
         ({"kind": "gausian_noise"}, ValueError, "did you mean 'gaussian_noise'"),
         ({"kind": 20}, ValueError, "0..19"),
+        ({"kind": True}, TypeError, "kind must be an integer"),
+        ({"images_u8": torch.zeros(32, 32, 3, dtype=torch.uint8, device="meta")}, ValueError, "cpu and cuda"),
+        ({"kind": torch.ones(1, dtype=torch.int64, device="meta")}, ValueError, "kind must be on the CPU"),
+        (
+            {"severity": torch.ones(1, dtype=torch.int64, device="meta")},
+            ValueError,
+            "severity must be on the CPU",
+        ),
+        ({"key": torch.ones(1, dtype=torch.int64, device="meta")}, ValueError, "key must be on the CPU"),
+        ({"key": 0.5}, TypeError, "key must be an integer"),
         ({"kind": "identity", "severity": 9}, None, ""),
         ({"key": 2**64}, ValueError, "64 bits"),
         ({"flavour": "betghe"}, ValueError, "did you mean 'bethge'"),
@@ -215,6 +225,13 @@ def test_bad_input_is_refused_before_any_work(
         return
     with pytest.raises(error, match=match):
         corrupt(**arguments)  # type: ignore[arg-type]
+
+
+def test_fields_of_another_device_are_refused() -> None:
+    image = torch.zeros(32, 32, 3, dtype=torch.uint8)
+    fields = {"angle_deg": torch.zeros((), device="meta")}
+    with pytest.raises(ValueError, match=r"'angle_deg' must be torch.float32 \(\) on cpu, got .* on meta"):
+        apply(image, fields, "motion_blur", 1)
 
 
 def test_core_refuses_what_the_front_would_not_pass() -> None:

@@ -191,7 +191,9 @@ def corrupt(
     Raises:
         TypeError: images are not a uint8 tensor, or kind, severity or key are no integers.
         ValueError: unknown kind, flavour or constants, severity outside 1..5, wrong shape, image
-            under 32 pixels, frost textures missing, or a per-image list of the wrong length.
+            under 32 pixels, or a per-image list of the wrong length.
+        FileNotFoundError: frost without its textures.
+        MemoryError: no memory for the scratch of the CPU's threads.
     """
     batch_BHWC = _check_images(images_u8, "corrupt")
     count = batch_BHWC.shape[0]
