@@ -54,6 +54,7 @@ def made(decode_ms: float = 4.0, share: float = 0.1, **settings: object) -> Prof
         verdict=Verdict(
             predicted_img_s=rate,
             measured_img_s=rate,
+            with_checkpoints_img_s=rate,
             limits=limits(stages, 2.0),
             data_wait_pct=12.5,
             cpu_busy_pct=97.0,

@@ -12,6 +12,7 @@ from pipeline.readahead import Damage, ReadAhead, ReadBatch
 from tools.profiling import graphs, model_stages, reading
 from tools.profiling.clock import WARM_UP, Probe, measure
 from tools.profiling.machine import cores_available, matmul_peak_tflops
+from tools.profiling.model_stages import CHECKPOINT
 from tools.profiling.session import Session
 from tools.profiling.suggest import suggestions, worth_resizing
 from tools.profiling.table import Machine, Profile, Span, Spread, Stage, Verdict
@@ -149,9 +150,12 @@ def _conclude(session: Session, found: list[Stage], rates: dict[str, Spread], co
     rate = rates["both"].p50
     wall_s, waited_s, cpu_s = (sum(column) for column in zip(*session.wholes[WARM_UP:], strict=True))
     gpu_s = sum(s.device_s.p50 for s in found if s.counts and s.device_s is not None)
+    saving_s = sum(s.wall_s.p50 for s in found if s.name == CHECKPOINT and s.wall_s is not None)
+    whole_rate = 1 / (1 / rate + saving_s / work.ranks)
     verdict = Verdict(
-        predicted_img_s=predicted_img_s(found, cores, work.ranks),
+        predicted_img_s=predicted_img_s([s for s in found if s.name != CHECKPOINT], cores, work.ranks),
         measured_img_s=rate,
+        with_checkpoints_img_s=whole_rate,
         limits=limits(found, cores, work.ranks),
         data_wait_pct=100 * waited_s / wall_s,
         cpu_busy_pct=100 * cpu_s / wall_s / cores,
@@ -159,7 +163,7 @@ def _conclude(session: Session, found: list[Stage], rates: dict[str, Spread], co
         mfu_pct=100 * gflop * rate / work.ranks / (1000 * peaks[config.precision])
         if config.precision in peaks
         else 0.0,
-        hours_per_epoch=session.samples / rate / 3600,
+        hours_per_epoch=session.samples / whole_rate / 3600,
     )
     warnings = list(session.warnings)
     if work.loader.damaged and not warnings:

@@ -8,6 +8,7 @@ from tools.profiling.attached import Step
 from tools.profiling.clock import Probe
 from tools.profiling.table import Spread, Stage
 
+CHECKPOINT = "checkpoint"
 _NOTHING = Spread(p20=0.0, p50=0.0, p80=0.0)
 
 
@@ -128,5 +129,5 @@ def stages(
     if checkpoint_s:
         every = Spread.of(checkpoint_s).times(1 / (checkpoint_every * images))
         note = f"{Spread.of(checkpoint_s).p50:.2f} s every {checkpoint_every} steps"
-        found.append(Stage(name="checkpoint", lane="model", wall_s=every, cpu_s=_NOTHING, note=note))
+        found.append(Stage(name=CHECKPOINT, lane="model", wall_s=every, cpu_s=_NOTHING, note=note))
     return found

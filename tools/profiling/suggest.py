@@ -51,7 +51,7 @@ def suggestions(profile: Profile, config: RunConfig, store: Store) -> list[Sugge
     stages, cores, ranks = profile.stages, profile.machine.cores, profile.machine.ranks
     named = {stage.name: stage for stage in stages}
     now = predicted_img_s(stages, cores, ranks)
-    measured = profile.verdict.measured_img_s
+    measured = profile.verdict.with_checkpoints_img_s
     full = loads(stages, cores)
     binding = max(full, key=full.__getitem__)
     pipeline = config.pipeline
@@ -106,6 +106,13 @@ def suggestions(profile: Profile, config: RunConfig, store: Store) -> list[Sugge
             "computed",
             lambda stage: (wall, cpu) if stage.name == "decode" else same,
         )
+    if profile.machine.device == "cuda" and pipeline.decode == "exact":
+        add(
+            "Let the GPU's hardware JPEG decoder take its share; its pixels differ slightly from the other decoder's",
+            "--pipeline.decode fast",
+            "at most",
+            lambda stage: (0.0, 0.0) if stage.name == "decode" else same,
+        )
     add_corruptions(profile, add)
     peaks = profile.machine.peak_tflops
     if config.precision == "fp32" and peaks.get(_CHEAP_PRECISION, 0) > 1.2 * peaks["fp32"]:
@@ -126,7 +133,12 @@ def suggestions(profile: Profile, config: RunConfig, store: Store) -> list[Sugge
         )
     wait = profile.verdict.data_wait_pct / 100
     alone = profile.rates_img_s.get("loader alone")
-    if alone and wait > LEAST_GAIN and alone.p50 > 1.2 * measured and binding == LANE_WORDS["model"]:
+    if (
+        alone
+        and wait > LEAST_GAIN
+        and alone.p50 > 1.2 * profile.verdict.measured_img_s
+        and binding == LANE_WORDS["model"]
+    ):
         found.append(
             Suggestion(
                 words=f"The loop waits for data {100 * wait:.0f} % of the time although the loader alone is faster: "

@@ -146,7 +146,11 @@ class Verdict(_Frozen):
     """The numbers behind the words."""
 
     predicted_img_s: float
+    """From the stages, without checkpoints."""
     measured_img_s: float
+    """Of whole training steps; none of them writes a checkpoint."""
+    with_checkpoints_img_s: float
+    """The measured rate with the time of the run's checkpoints added."""
     limits: list[Limit]
     """The limiting stage, then what limits once it is free, and so on."""
     data_wait_pct: float

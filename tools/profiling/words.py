@@ -19,7 +19,8 @@ def verdict_lines(profile: Profile) -> list[str]:
     v = profile.verdict
     off_pct = 100 * (v.predicted_img_s / v.measured_img_s - 1)
     lines = [
-        f"{v.measured_img_s:.4g} images/s measured; the stages add up to {v.predicted_img_s:.4g} ({off_pct:+.1f} %)."
+        f"{v.measured_img_s:.4g} images/s measured; the stages add up to {v.predicted_img_s:.4g} ({off_pct:+.1f} %). "
+        f"With the run's checkpoints {v.with_checkpoints_img_s:.4g}."
     ]
     for number, limit in enumerate(v.limits):
         start = ("Limiting stage: ", "Next: ", "Then: ")[min(number, 2)]
@@ -46,7 +47,7 @@ def hours(value: float) -> str:
 
 def suggestion_lines(profile: Profile) -> list[str]:
     """Return the suggestions with their gains; a sentence if there is none."""
-    now = profile.verdict.measured_img_s
+    now = profile.verdict.with_checkpoints_img_s
     lines = []
     for s in profile.suggestions:
         setting = f"  [{s.change}]" if s.change else ""
