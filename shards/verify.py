@@ -89,7 +89,7 @@ def verify(
     Shards that others made are compared with the index that was made of them when they were first opened.
 
     Args:
-        path: as for `shards.open`.
+        path: as for `shards.open`; files of a set with a manifest mean the whole set.
         decode: decode every image as well.
         workers: threads that look at parts of the set side by side.
         progress: show a progress bar on standard error.

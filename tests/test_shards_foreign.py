@@ -369,3 +369,19 @@ def test_json_index_of_a_stranger_cannot_point_elsewhere(
         caplog.clear()
         assert ours(shards.open(tmp_path / "set")) == ours(store)
         assert said in caplog.text
+
+
+def test_some_shards_of_a_set_keep_its_keys_and_classes(picture_shards: Path) -> None:
+    whole = shards.open(picture_shards)
+    second = range(40, 80)
+    for path, ids in (
+        ("pictures-000001.tar", second),
+        ("pictures-{000002,000001}.tar", [*range(80, 90), *second]),
+        ("pictures-{000000..000002}.tar", range(90)),
+    ):
+        some = shards.open(picture_shards / path)
+        assert ours(some) == [ours(whole)[i] for i in ids]
+        assert some.classes == whole.classes
+        assert not some.fetch(range(len(some))).fault.any()
+        assert ours(pickle.loads(pickle.dumps(some))) == ours(some)
+    assert not (picture_shards / FOLDER).exists()
