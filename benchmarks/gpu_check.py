@@ -114,8 +114,9 @@ def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "tests"]
 
     def benchmark(name: str, *arguments: str) -> tuple[str, list[str]]:
-        script = f"benchmarks/{name}.py"
-        return f"benchmark {name}", [python, script, *arguments, "--out", str(work / f"{name}.json")]
+        # As a module: a script's own folder comes first on the path, and benchmarks/shards.py is not the package.
+        module = ["-m", f"benchmarks.{name}"]
+        return f"benchmark {name}", [python, *module, *arguments, "--out", str(work / f"{name}.json")]
 
     return [
         (

@@ -1,6 +1,6 @@
 """Speed of the shard builder and the store, each beside what people would use instead, in one run.
 
-    python benchmarks/shards.py --source FOLDER [--ffcv-python .venv-ffcv/bin/python] [--out result.json]
+    python -m benchmarks.shards --source FOLDER [--ffcv-python .venv-ffcv/bin/python] [--out result.json]
 
 FOLDER holds JPEGs (at any depth), best of 110 to 150 kB, copied as often as needed. Rates of writers are images
 per second of CPU time, which a busy machine disturbs least; those of scaling over workers and of random reads
