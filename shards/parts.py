@@ -66,9 +66,9 @@ def finished_part(task: Task) -> Part | None:
 
 
 def forget_stale_join(tasks: list[Task], joining: Path) -> None:
-    """Where a piece that is already in the one file is to be another one now, begin the one file anew."""
+    """Where a piece is another one now, begin the one file anew: later pieces and the tables move with it."""
     joined = [task for task in tasks if joined_mark(task.path).is_file()]
-    if all(finished_part(task) is not None for task in joined):
+    if not joined or all(finished_part(task) is not None for task in tasks):
         return
     joining.unlink(missing_ok=True)
     for task in joined:

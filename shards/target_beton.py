@@ -211,6 +211,8 @@ class BetonTarget:
         columns = {**table.columns, "offset": offset, "shard": np.zeros(len(table), "<u4")}
         tables = _Tables(self._page_size, **{name: columns[name] for name in names})
         joined = [joined_mark(piece).is_file() for piece in pieces]
+        if all(joined) and path.is_file() and not temporary.is_file():
+            path.replace(temporary)  # stopped between the final name and the manifest; the tables are written again
         if any(joined) and not temporary.is_file():
             for piece in pieces:
                 joined_mark(piece).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import pytest
 from building import DAMAGED, GOOD, contents, digests, plain_files, run, write_tree
 
 import shards
-from shards import claim, target_tar
+from shards import claim, plan, target_beton, target_tar
 from shards.target import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,3 +261,61 @@ def test_a_lost_beton_is_built_again_as_a_whole(source: Path, tmp_path: Path) ->
     (tmp_path / "several" / "set-000001.beton").write_bytes(b"")
     assert run(source, tmp_path / "several", target="beton", only=1).reused_shards == 3
     assert digests(tmp_path / "several") == before
+
+
+def stop_join_after(count: int, patch: pytest.MonkeyPatch) -> None:
+    copy, calls = target_beton._copy_piece, iter(range(100))
+
+    def stopping(*arguments: Any) -> None:
+        if next(calls) == count:
+            raise OSError(errno.EIO, "stopped here")
+        copy(*arguments)
+
+    patch.setattr(target_beton, "_copy_piece", stopping)
+
+
+@pytest.mark.parametrize("touched", [None, "first", "last"])
+def test_a_stopped_join_goes_on_or_begins_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touched: str | None
+) -> None:
+    out = tmp_path / "out"
+    how = {"target": "beton", "samples_per_shard": None}
+    monkeypatch.setattr(plan, "_BYTES_PER_PIECE", 3000)
+    with monkeypatch.context() as patch:
+        stop_join_after(2, patch)
+        with pytest.raises(OSError, match="stopped here"):
+            run(source, out, **how)
+    assert len(list((out / ".build").glob("*.joined"))) == 2
+    assert not (out / "set.beton").exists()
+    paths = sorted(source.glob("*/*"))
+    if touched:
+        path = paths[0 if touched == "first" else -1]
+        data = bytearray(path.read_bytes())
+        data[-10] ^= 4  # same size, other content
+        path.write_bytes(data)
+        os.utime(path, ns=(1, 1))
+    report = run(source, out, **how)
+    # Where nothing was touched no piece is written again, also not those that were joined and removed.
+    assert report.shards - report.reused_shards == {None: 0, "first": 2, "last": 3}[touched]
+    run(source, tmp_path / "straight", **how)
+    assert digests(out) == digests(tmp_path / "straight")
+
+
+def test_a_beton_that_has_its_name_but_no_manifest_yet_is_not_lost(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    how = {"target": "beton", "samples_per_shard": None}
+
+    def stop(*arguments: Any) -> None:
+        raise OSError(errno.EIO, "stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.build.write_manifest", stop)
+        with pytest.raises(OSError, match="stopped here"):
+            run(source, out, **how)
+    assert (out / "set.beton").is_file()
+    report = run(source, out, **how)
+    assert report.reused_shards == report.shards == 1
+    run(source, tmp_path / "straight", **how)
+    assert digests(out) == digests(tmp_path / "straight")
