@@ -212,7 +212,8 @@ class BetonTarget:
         tables = _Tables(self._page_size, **{name: columns[name] for name in names})
         joined = [joined_mark(piece).is_file() for piece in pieces]
         if all(joined) and path.is_file() and not temporary.is_file():
-            path.replace(temporary)  # stopped between the final name and the manifest; the tables are written again
+            # Stopped between the final name and the manifest: the tables are written again.
+            path.replace(temporary)
         if any(joined) and not temporary.is_file():
             for piece in pieces:
                 joined_mark(piece).unlink(missing_ok=True)
