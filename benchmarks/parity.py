@@ -55,9 +55,11 @@ def shot_fields(x: np.ndarray, severity: int) -> Fields:
     """A word in the middle of the interval that inverts to the reference's count."""
     from scipy.stats import poisson
 
-    rate = x / 255.0 * SHOT[severity - 1]
-    count = np.random.poisson(rate)
-    middle = (poisson.cdf(count - 1, rate) + poisson.cdf(count, rate)) / 2
+    count = np.random.poisson(x / 255.0 * SHOT[severity - 1])
+    # Cumulative probabilities per pixel value, from below a count of 0 on.
+    rates = np.arange(256) / 255.0 * SHOT[severity - 1]
+    steps = poisson.cdf(np.arange(-1, count.max() + 1), rates[:, None])
+    middle = (steps[x, count] + steps[x, count + 1]) / 2
     return {"uniform_bits_HWC": bits(np.clip(middle * 2**32, 0, 2**32 - 1))}
 
 
