@@ -103,14 +103,15 @@ def overhead(session: Session) -> dict[str, float]:
         attached[0].step()
         return images
 
-    def attach() -> None:
-        session.drain(work.loader)
-        attached[:] = [StepProfile(work.net, work.optimizer, work.loader, steps=2**62, skip=0)]
-
     def detach() -> None:
         for profile in attached:
             profile.detach()
+        attached.clear()
         session.drain(work.loader)
+
+    def attach() -> None:
+        detach()
+        attached.append(StepProfile(work.net, work.optimizer, work.loader, steps=2**62, skip=0))
 
     attach()
     without = Probe("without the hooks", plain, prepare=detach)

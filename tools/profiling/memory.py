@@ -17,7 +17,7 @@ import model
 from tools.runtime.config import RunConfig
 from tools.runtime.optim import autocast_dtype
 
-# What the backward pass and oneDNN's scratch need on top of what is kept; measured, see docs/profiling.md.
+# Allowance for what the backward pass and oneDNN's scratch need on top of what is kept.
 _WORKSPACE = 1.3
 _GIB = 2**30
 
