@@ -247,7 +247,10 @@ def assert_accumulation_within_rate(
 @pytest.mark.parametrize("n", [128, 1000, 6272, 25_088])
 @pytest.mark.parametrize("k", [1000, 10_000, 100_000])
 @pytest.mark.parametrize("dim", [512, 768, 1024, 1280, 2048])
-def test_workspace_stays_below_64_mb(shim: Kernels, n: int, k: int, dim: int) -> None:
+def test_workspace_stays_below_64_mb(
+    shim: Kernels, n: int, k: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VQSA_SHIM_MULTIPROCESSORS", "132")
     for cosine in (False, True):
         assert 0 < shim.workspace_bytes(n, k, dim, cosine) <= 64_000_000
         per_code = shim.prepared_bytes(k, dim, cosine) - 2 * k * dim - 8 * dim

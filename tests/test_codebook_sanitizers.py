@@ -68,7 +68,7 @@ int check(int n, int k, int d, bool cosine, int tile, bool equal) {
 }  // namespace
 
 int main() {
-  for (int tile = 1; tile <= 2; ++tile) {
+  for (int tile = 1; tile <= 3; ++tile) {
     if (int code = check(40, 150, 40, tile == 1, tile, false)) return code;
     if (int code = check(3, 70, 65, false, tile, true)) return code;
   }

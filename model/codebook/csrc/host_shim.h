@@ -90,10 +90,18 @@ struct Fiber {
 #endif
 };
 
+/// Where ThreadSanitizer learns of a barrier's order: one address for the even rounds and one for the odd, since a
+/// thread that wakes late must not learn from one that is at the next barrier already.
+struct Rounds {
+  int round = 0;
+  char address[2] = {0, 0};
+  NO_TSAN char* now() { return &address[round & 1]; }
+};
+
 struct Warp {
   int arrived = 0;
   void* slots[32];
-  char sync = 0;
+  Rounds sync;
 };
 
 struct Machine {
@@ -102,7 +110,8 @@ struct Machine {
   Fiber* current = nullptr;
   void* scheduler = nullptr;
   int threads = 0, block = 0, blocks = 0, arrived = 0;
-  char sync = 0, start = 0, end = 0;
+  char start = 0, end = 0;
+  Rounds sync;
   unsigned char* shared = nullptr;
   std::function<void()> body;
 #if defined(__SANITIZE_THREAD__)
@@ -315,26 +324,29 @@ NO_TSAN inline void block_sync() {
   shim::Machine& m = shim::machine();
   shim::Fiber* self = m.current;
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&m.sync);
+  char* sync = m.sync.now();
+  __tsan_release(sync);
 #endif
   if (++m.arrived < m.threads) {
     self->state = shim::State::at_block;
     shim::to_scheduler();
   } else {
     m.arrived = 0;
+    ++m.sync.round;
     for (int t = 0; t < m.threads; ++t) m.fibers[t]->state = shim::State::ready;
   }
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&m.sync);
+  __tsan_acquire(sync);
 #endif
 }
 
 NO_TSAN inline void warp_sync() {
 #if defined(__SANITIZE_THREAD__)
-  char* sync = &shim::machine().warps[thread_index() / 32].sync;
+  char* sync = shim::machine().warps[thread_index() / 32].sync.now();
   __tsan_release(sync);
 #endif
-  shim::warp_collective(nullptr, [](void**) {});
+  shim::Rounds* rounds = &shim::machine().warps[thread_index() / 32].sync;
+  shim::warp_collective(nullptr, [rounds](void**) NO_TSAN { ++rounds->round; });
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(sync);
 #endif
@@ -454,7 +466,7 @@ NO_TSAN inline void barrier_check(MemoryBarrier* barrier) {
 }
 NO_TSAN inline void barrier_arrive(MemoryBarrier* barrier) {
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(barrier);
+  __tsan_release(reinterpret_cast<char*>(barrier) + (barrier->phase & 1));
 #endif
   --barrier->waiting_for;
   barrier_check(barrier);
@@ -472,8 +484,16 @@ NO_TSAN inline void barrier_wait(MemoryBarrier* barrier, uint32_t parity) {
     shim::to_scheduler();
   }
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(barrier);
+  __tsan_acquire(reinterpret_cast<char*>(barrier) + parity);
 #endif
+}
+/// Bytes that TMA has brought.
+NO_TSAN inline void barrier_bring(MemoryBarrier* barrier, int bytes) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(reinterpret_cast<char*>(barrier) + (barrier->phase & 1));
+#endif
+  barrier->bytes -= bytes;
+  barrier_check(barrier);
 }
 
 struct TensorMap {
@@ -495,11 +515,7 @@ inline void load_tile(unsigned char* to, const TensorMap& map, MemoryBarrier* ba
       else
         std::memset(where, 0, 16);
     }
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(barrier);
-#endif
-  barrier->bytes -= count * 128;
-  barrier_check(barrier);
+  barrier_bring(barrier, count * 128);
 }
 
 inline void wgmma_begin() {}
@@ -595,7 +611,8 @@ struct Device {
   int multiprocessors, shared_bytes, capability;
 };
 inline const char* device(Device& out) {
-  out = {4, 227 * 1024, 90};
+  const char* multiprocessors = std::getenv("VQSA_SHIM_MULTIPROCESSORS");
+  out = {multiprocessors == nullptr ? 4 : std::atoi(multiprocessors), 227 * 1024, 90};
   return nullptr;
 }
 
