@@ -90,7 +90,7 @@ def _about(results: dict[str, Any]) -> str:
     environment = results["environment"]
     machine = environment["gpu"] if environment["device"] == "cuda" else environment["cpu"]
     words = (
-        f"{results['images']} images of {results['data']}, seed {results['seed']}, corruptions as "
+        f"{results['images']} images of {Path(results['data']).name}, seed {results['seed']}, corruptions as "
         f"{results['flavour']}{' with a JPEG pass at quality 85' if results['jpeg85'] else ''}, "
         f"{results['precision']}; {results['date']}, commit {results['commit']}, torch "
         f"{environment['packages']['torch']}, {machine}."

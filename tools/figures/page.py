@@ -24,9 +24,9 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { text-align: right; padding: .22rem .6rem; border-bottom: 1px solid #e5e9ee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.ours td { font-weight: 600; background: #f3f7fb; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1.2rem 2rem;
-           align-items: start; }
-figure { margin: 0; min-width: 0; } figcaption { color: #5b6875; font-size: .87rem; margin-bottom: .3rem; }
+.figures { columns: 2 460px; column-gap: 2rem; }
+figure { margin: 0 0 1.4rem; break-inside: avoid; }
+figcaption { color: #5b6875; font-size: .87rem; margin-bottom: .3rem; }
 img { max-width: 100%; height: auto; display: block; }
 code { overflow-wrap: anywhere; } details { margin-top: .5rem; } summary { cursor: pointer; color: #0072b2; }
 """
