@@ -96,9 +96,14 @@ def define(
     device = device or ("cpu" if device_id is None else "gpu")
     if training:
         dali_operator.load()
-    dtypes, ndims = (list(column) for column in zip(*(TRAINING_INPUTS if training else EVALUATION_INPUTS), strict=True))
+    dtypes, ndims = (
+        list(column) for column in zip(*(TRAINING_INPUTS if training else EVALUATION_INPUTS), strict=True)
+    )
     graph = Pipeline(
-        batch_size=batch, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=config.prefetch
+        batch_size=batch,
+        num_threads=config.threads,
+        device_id=device_id,
+        prefetch_queue_depth=config.prefetch,
     )
     with graph:
         jpeg, anchor, window, size, *rest = fn.external_source(
