@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
 DEMO_ARGS ?=
-PYTEST_ARGS ?=
+# Two at a time, a file in one process: session fixtures are made once in each.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 # DALI's threads share the CPU cores with torch's, whose OpenMP threads must not spin while they wait.
 export OMP_WAIT_POLICY ?= PASSIVE
 

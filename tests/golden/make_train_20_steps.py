@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
 import train  # noqa: E402
@@ -34,7 +35,12 @@ def losses(shards: Path, out: Path, *more: str) -> list[float]:
     """Train twenty steps and return the loss of each."""
     recipe = ["--recipe", str(ROOT / "tests" / "tiny.toml"), "--data", str(shards), "--out", str(out)]
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, several precisions
-    assert train.train(parse_command(train.TrainCommand, [*recipe, *SETTINGS, *more])) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more threads add in another order
+    try:
+        assert train.train(parse_command(train.TrainCommand, [*recipe, *SETTINGS, *more])) == 0
+    finally:
+        torch.set_num_threads(threads)
     return [record["loss"] for record in read_metrics(out / "metrics.jsonl")]
 
 
