@@ -256,13 +256,12 @@ def run(
                     stop.request(Stop.NOT_FINITE)
                 validating = val_store is not None and (step % config.val_every == 0 or done)
                 saving = step % config.checkpoint_every == 0 or done
-                if validating or saving:  # not of weights that are not finite
+                reason = stop.agreed()
+                if validating or saving or reason is not Stop.NO:  # nothing that is not finite is saved
                     guard.drain()
                     if guard.bad_step is not None:
                         stop.request(Stop.NOT_FINITE)
                     reason = stop.agreed_now()
-                else:
-                    reason = stop.agreed()
                 if reason is Stop.NOT_FINITE:
                     not_finite(step)
 

@@ -88,7 +88,8 @@ class ModelConfig(BaseModel):
     losses and gathered vectors stay as they are. Needs metric "cosine": no Euclidean distance would change."""
 
     top_k: int = Field(default=1, ge=1)
-    """Codes per feature: the k nearest, added up with the weights below."""
+    """Codes per feature: the k nearest, added up with the weights below. More than 1 is refused with ema and
+    revive_after, which count one code per feature."""
 
     top_k_weights: Literal["mean", "softmax"] = "mean"
     """"mean": equal weights. "softmax": of minus each distance over the mean of the k distances."""
@@ -168,6 +169,11 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 "the moving average (ema) is of the features of one code each, but top_k is "
                 f"{self.top_k}; set ema to 0, or top_k to 1"
+            )
+        if self.revive_after and self.top_k > 1:
+            raise ValueError(
+                "revival (revive_after) counts the nearest code of each feature, so it would replace codes in use "
+                f"as second or later ones, but top_k is {self.top_k}; set revive_after to 0, or top_k to 1"
             )
         if self.stem == "small" and self.weights == "torchvision":
             raise ValueError(

@@ -30,6 +30,19 @@ _OTHERS = {
     "head.fc.bias": "fc.bias",
 }
 
+# Choices that change what a model computes from the same tensors, as their network has them.
+_CHOICES = {
+    "quantise": "pooled",
+    "metric": "cosine",
+    "fusion": "concat",
+    "attention": True,
+    "attention_scale": "sqrt2",
+    "released_eval_scale": True,
+    "stem": "imagenet",
+    "top_k": 1,
+    "centre": False,
+}
+
 _NOT_THEIRS = ("codebook.initialised", "codebook.upkeep.")
 
 
@@ -70,14 +83,18 @@ def to_released(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     """Give a `state_dict` of the authors' variant their names; the reverse of `from_released`.
 
     Raises:
-        ValueError: another variant (their network is fusion "concat" with attention), or a `state_dict` that
-            is not the configuration's.
+        ValueError: another variant, of which their network would compute something else (names the options), or
+            a `state_dict` that is not the configuration's.
     """
-    if not config.attention or config.quantise == "none" or config.top_k > 1 or config.centre:
+    others = [
+        f"{name} {getattr(config, name)!r} instead of {theirs!r}"
+        for name, theirs in _CHOICES.items()
+        if getattr(config, name) != theirs
+    ]
+    if others:
         raise ValueError(
-            "the authors' network has a codebook, fusion 'concat' and attention; this model has quantise "
-            f"{config.quantise!r}, fusion {config.fusion!r}, attention {config.attention}, top_k {config.top_k}, "
-            f"centre {config.centre}, so it has no form there"
+            f"the authors' network would not compute this model, which has {', '.join(others)}; "
+            "train one by recipe released to export it"
         )
     if config.trunk not in get_args(TrunkName):
         raise ValueError(f"the authors' network has a torchvision trunk; this model's is {config.trunk!r}")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from pipeline.config import PipelineConfig
 
 
+@functools.lru_cache(maxsize=64)
+def _scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """255 · mean and 255 · std; kept, because a copy from the host would wait for the device every time."""
+    return 255 * torch.tensor(mean, device=device), 255 * torch.tensor(std, device=device)
+
+
 def normalise(images_u8_BHWC: Tensor, config: PipelineConfig) -> Tensor:
     """Return float32 (B, 3, H, W), channels last in memory: (x / 255 - mean) / std per channel."""
-    device = images_u8_BHWC.device
-    mean_C = 255 * torch.tensor(config.mean, device=device)
-    std_C = 255 * torch.tensor(config.std, device=device)
+    mean_C, std_C = _scale(config.mean, config.std, images_u8_BHWC.device)
     return ((images_u8_BHWC - mean_C) / std_C).permute(0, 3, 1, 2)
 
 

@@ -45,7 +45,7 @@ _WHOLE_AGAIN = f"delete {HEADER_NAME} and the file and run the command without -
 def _already_built(options: BuildOptions, source: str, classes: list[str]) -> Header | None:
     """The header of the finished set in the output folder, if it is the one that is asked for.
 
-    The shard files must be there and of their size, except the one that is to be written again.
+    The shard files must be there and of their size, unless one is to be written again: others may be gone too.
     """
     if not (options.out / HEADER_NAME).is_file():
         return None
@@ -64,10 +64,8 @@ def _already_built(options: BuildOptions, source: str, classes: list[str]) -> He
             f"{options.out}: holds a finished set of another build: {'; '.join(differing)}. "
             "Give another --out, or delete this one first"
         )
-    for number, shard in enumerate(header.shards):
+    for number, shard in enumerate(header.shards if options.only is None else []):
         path = options.out / shard.name
-        if number == options.only:
-            continue
         if not path.is_file() or path.stat().st_size != shard.size:
             raise ValueError(
                 f"{path}: missing or of another size than {HEADER_NAME} says; bring it back, or "
@@ -122,10 +120,11 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
             built=built,
         )
 
-    if options.dry_run:
-        return report(None, sum(finished_part(task) is not None for task in tasks), False)
     work = options.out / WORK
     header = _already_built(options, source, listing.classes)
+    if options.dry_run:
+        reused = len(tasks) if header else sum(finished_part(task) is not None for task in tasks)
+        return report(header, reused, False)
     if options.only is not None and one_file(options):
         raise ValueError(
             f"{options.out}: the set is one file, and --only is for one of several; {_WHOLE_AGAIN}"

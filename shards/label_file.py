@@ -7,9 +7,11 @@ import io
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from shards.labels import label_number, read_text
+from shards.source import IMAGE_EXTENSIONS
 
 _META = "data/meta.mat"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -35,31 +37,57 @@ def read_labels(path: Path, images: list[str], where: str) -> list[str]:
     if path.is_dir() or _is_gzip(path):
         return _devkit_classes(path, images)
     text = read_text(path, _FORMS)
-    if text.startswith("ImageId,"):
-        rows = [row.split() for row in (f"{a} {b}" for a, b, *_ in csv.reader(io.StringIO(text)))][1:]
-    else:
-        rows = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
-    if rows and all(len(row) == 1 for row in rows):
-        if any(label_number(row[0]) is not None for row in rows):
+    solution = text.startswith("ImageId,")
+    rows = list(_solution_rows(text)) if solution else list(_plain_rows(text))
+    if rows and not solution and all(len(row) == 1 for _, row in rows):
+        if any(label_number(row[0]) is not None for _, row in rows):
             raise ValueError(
                 f"{path}: numbers without image names, whose order is not known (those of the devkit are not "
                 f"sorted class indices); wanted {_FORMS}"
             )
         if len(rows) != len(images):
             raise ValueError(f"{path}: {len(rows)} classes for the {len(images)} images of {where}")
-        return [row[0] for row in rows]
-    if not rows or any(len(row) < 2 for row in rows):
-        raise ValueError(f"{path}: wanted {_FORMS}")
-    classes = {_stem(row[0]): row[1] for row in rows}
+        return [row[0] for _, row in rows]
+    if not rows:
+        raise ValueError(f"{path}: no labels in it; wanted {_FORMS}")
+    classes: dict[str, str] = {}
+    for line, row in rows:
+        if len(row) != 2:
+            raise ValueError(
+                f"{path}, line {line}: an image and its class are two fields, found {len(row)}; wanted {_FORMS}"
+            )
+        if classes.setdefault(_stem(row[0]), row[1]) != row[1]:
+            raise ValueError(
+                f"{path}, line {line}: {row[0]} has class {row[1]} here and {classes[_stem(row[0])]} in a line "
+                "before; an image has one class, and folders and extensions do not tell images apart"
+            )
     for image in images:
         if _stem(image) not in classes:
             raise ValueError(f"{path}: no class for {image} of {where}")
     return [classes[_stem(image)] for image in images]
 
 
+def _plain_rows(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of each line that is not empty."""
+    for line, words in enumerate(text.split("\n"), 1):
+        if row := words.replace(",", " ").split():
+            yield line, row
+
+
+def _solution_rows(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number, image and class of each row below the header; a row without a class has one field."""
+    rows = csv.reader(io.StringIO(text, newline=""))
+    next(rows)
+    for row in rows:
+        if any(field.strip() for field in row):
+            yield rows.line_num, [row[0].strip(), *"".join(row[1:2]).split()[:1]]
+
+
 def _stem(image: str) -> str:
+    """The name by which an image is looked up: some lists leave the extension out."""
     base = os.path.basename(image)
-    return base.partition(".")[0]
+    stem, extension = os.path.splitext(base)
+    return stem if extension.lower() in IMAGE_EXTENSIONS else base
 
 
 def _is_gzip(path: Path) -> bool:

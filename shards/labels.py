@@ -41,7 +41,7 @@ def read_classes(path: Path) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: it is not there, empty, or has a name twice.
     """
-    lines = [line.strip() for line in read_text(path, "a list of class names, one a line").splitlines()]
+    lines = [line.strip() for line in read_text(path, "a list of class names, one a line").split("\n")]
     names = [line for line in lines if line]
     synsets = [_SYNSET_LINE.fullmatch(name) for name in names]
     if all(synsets):
@@ -79,14 +79,14 @@ def with_classes(listing: Listing, classes: list[str], where: str) -> Listing:
     """The listing with labels that index `classes`.
 
     Args:
-        listing: its classes are names, or the numbers that index `classes`.
+        listing: its classes are names, or where it is numbered the numbers that index `classes`.
         classes: the wanted order.
         where: what the list is called in messages.
 
     Raises:
         ValueError: naming the first image whose class is not in the list.
     """
-    if listing.classes == [str(number) for number in range(len(listing.classes))]:
+    if listing.numbered:
         new = {label: label for label in range(min(len(listing.classes), len(classes)))}
     else:
         index = {name: label for label, name in enumerate(classes)}

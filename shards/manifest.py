@@ -78,7 +78,7 @@ class ShardFile(_Record):
     """Bytes."""
     samples: Count
     xxh3_128: Hex128
-    """Of the whole file; of a `.beton` see `shards.target_beton.digest`."""
+    """Of the whole file; of a `.beton` see `shards.beton.digest`."""
 
 
 def check_shard_name(path: Path) -> None:

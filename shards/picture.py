@@ -17,6 +17,7 @@ from shards.scan import Scan
 
 # Twice the size at which Pillow warns; above it Pillow refuses to decode, as a guard against bombs.
 _MAX_PIXELS = 178_956_970
+_MAX_JPEG_SIDE = 65_500  # libjpeg's
 _DEFAULT_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -34,7 +35,7 @@ _COLOUR_SPACE = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 
 
 class PictureError(ValueError):
-    """An image that does not decode."""
+    """An image that does not decode, or cannot be converted."""
 
 
 def check_decodes(data: bytes, found: Scan) -> None:
@@ -65,22 +66,30 @@ def convert(data: bytes, found: Scan, how: Conversion) -> bytes:
     an orientation that is not applied stays.
 
     Raises:
-        PictureError: the image does not decode.
+        PictureError: the image does not decode, or is too wide or too high for a JPEG.
     """
     check_decodes(data, found)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images and of transparency
-        return _converted(data, found, how)
-
-
-def _converted(data: bytes, found: Scan, how: Conversion) -> bytes:
-    picture = _open(data)
     size = found.width, found.height
     wanted = size if how.shorter_side is None else _reduced(*size, how.shorter_side)
+    if max(wanted) > _MAX_JPEG_SIDE:
+        raise PictureError(
+            f"{wanted[0]} x {wanted[1]} pixels, and a JPEG is written with at most {_MAX_JPEG_SIDE} a side; "
+            "make it smaller with --shorter-side"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and of transparency
+            return _converted(data, found, how, wanted)
+    except Exception as error:  # Pillow may refuse what another decoder takes
+        raise PictureError(f"cannot be made a JPEG: {error}") from None
+
+
+def _converted(data: bytes, found: Scan, how: Conversion, wanted: tuple[int, int]) -> bytes:
+    picture = _open(data)
     # The decoder may leave out what is reduced away anyhow, down to twice the wanted size.
     picture.draft(None, (2 * wanted[0], 2 * wanted[1]))
     image = _eight_bit(picture)
-    if wanted != size:
+    if wanted != (found.width, found.height):
         image = image.resize(wanted, Image.Resampling.BICUBIC, reducing_gap=2.0)
     exif = Image.Exif()
     if how.apply_exif and found.orientation != 1:

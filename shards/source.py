@@ -53,6 +53,8 @@ class Listing:
     """In the order in which an unshuffled set has them; the same on every run."""
     ignored: int
     """Files that were passed over because their names are not those of images."""
+    numbered: bool = False
+    """Whether the source numbers its classes and `classes` are these numbers, not names that it gives."""
 
 
 def place(root: Path, sample: Sample) -> str:

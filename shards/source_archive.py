@@ -101,7 +101,7 @@ def list_flat_tar(path: Path, labels: Path) -> Listing:
         key = sample_key("" if numbered else class_name, base)
         found.setdefault(class_name, []).append(Sample(f"{class_name}/{base}", key, 0, *place))
     order = number_classes(numbers, str(labels)) if numbered else sorted(found)
-    return Listing(path.absolute().parent, order, list(_in_order(found, order)), ignored)
+    return Listing(path.absolute().parent, order, list(_in_order(found, order)), ignored, numbered)
 
 
 def _inside(member: Member, where: str) -> str:

@@ -16,12 +16,15 @@ def list_image_folder(root: Path) -> Listing:
     Folders inside a class folder are walked too; names beginning with a dot are passed over.
 
     Raises:
-        ValueError: if it holds no class folders, or one of them holds no images.
+        ValueError: if it holds no class folders, one of them holds no images, or a link that may be a folder's
+            leads nowhere.
     """
     with os.scandir(root) as entries:
         top = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     classes = [entry.name for entry in top if entry.is_dir()]
     loose = [entry.name for entry in top if not entry.is_dir()]
+    for entry in top:
+        _refuse_broken_link(entry)  # a class that is left out would shift the labels behind it
     if not classes:
         found = f"{len(loose)} files and no folders" if loose else "nothing"
         raise ValueError(f"{root}: wanted one folder per class (<class>/<image>), found {found}")
@@ -34,6 +37,7 @@ def list_image_folder(root: Path) -> Listing:
         before = len(samples)
         for path, entry in sorted(_files(os.path.join(root, name), name, ()), key=lambda found: found[0]):
             if os.path.splitext(path)[1].lower() not in IMAGE_EXTENSIONS:
+                _refuse_broken_link(entry)
                 ignored += 1
                 continue
             try:
@@ -49,6 +53,14 @@ def list_image_folder(root: Path) -> Listing:
                 "a class: remove this one, or put its images there"
             )
     return Listing(root.absolute(), classes, samples, ignored)
+
+
+def _refuse_broken_link(entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise ValueError(
+            f"{entry.path}: a link to {os.readlink(entry.path)!r}, which is not there; it may have been a folder "
+            "of images: mend the link, or remove it"
+        )
 
 
 def _files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def list_listed_images(path: Path) -> Listing:
     if len(kinds) > 1:
         raise ValueError(f"{path}: some lines have `label` and some `class`; give the same to all")
     numbers = [label_number(text) for _, _, _, text in found]
-    if kinds == {"label"} and all(number is not None for number in numbers):
+    numbered = kinds == {"label"} and None not in numbers
+    if numbered:
         labels = [number for number in numbers if number is not None]
         most = labels.index(max(labels))
         classes = number_classes(labels, f"{path}, line {found[most][0]}")
@@ -42,7 +44,6 @@ def list_listed_images(path: Path) -> Listing:
         classes = sorted({text for _, _, _, text in found})
         index = {name: label for label, name in enumerate(classes)}
         labels = [index[text] for _, _, _, text in found]
-    named = kinds == {"class"} or None in numbers
     samples = []
     root = path.absolute().parent
     for (_, file, _, text), label in zip(found, labels, strict=True):
@@ -51,8 +52,8 @@ def list_listed_images(path: Path) -> Listing:
             size, stamp = info.st_size, info.st_mtime_ns
         except OSError:  # reading it names the reason
             size = stamp = 0
-        samples.append(Sample(file, _key(text if named else "", file), label, file, None, size, stamp))
-    return Listing(root, classes, samples, 0)
+        samples.append(Sample(file, _key("" if numbered else text, file), label, file, None, size, stamp))
+    return Listing(root, classes, samples, 0, numbered)
 
 
 def _key(class_name: str, file: str) -> str:
@@ -63,7 +64,7 @@ def _key(class_name: str, file: str) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    lines = csv.DictReader(read_text(path, _WANTED).splitlines())
+    lines = csv.DictReader(io.StringIO(read_text(path, _WANTED), newline=""))
     try:
         for row in lines:
             yield lines.line_num, {str(key).strip().lower(): value for key, value in row.items()}
@@ -72,7 +73,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(read_text(path, _WANTED).splitlines(), 1):
+    for number, line in enumerate(read_text(path, _WANTED).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -35,7 +35,8 @@ def list_shards(path: Path) -> Listing:
     found = [(file, *sample) for file in files for sample in _theirs(file)]
     root = files[0].parent
     stamps = {file: file.stat().st_mtime_ns for file in files}
-    if all(isinstance(label, int) for *_, label in found):
+    numbered = all(isinstance(label, int) for *_, label in found)
+    if numbered:
         classes = number_classes((int(label) for *_, label in found), str(path))
     else:
         classes = sorted({str(label) for *_, label in found})
@@ -46,7 +47,7 @@ def list_shards(path: Path) -> Listing:
         )
         for file, name, key, offset, size, label in found
     ]
-    listing = Listing(root, classes, samples, 0)
+    listing = Listing(root, classes, samples, 0, numbered)
     names = root / CLASS_FILE
     return with_classes(listing, read_classes(names), str(names)) if names.is_file() else listing
 
@@ -62,7 +63,9 @@ def _ours(path: Path) -> Listing:
             key = store.key(i)
             place = (files[shard], offset, length, stamps[shard])
             samples.append(Sample(f"{names[shard]}/{key}", clean_key(key), label, *place))
-        return Listing(store.path, store.classes, samples, 0)
+        # The manifest does not say whether "0", "1", ... were names; such classes are taken as numbers.
+        numbered = store.classes == [str(number) for number in range(len(store.classes))]
+        return Listing(store.path, store.classes, samples, 0, numbered)
 
 
 def _theirs(file: Path) -> Iterator[tuple[str, str, int, int, int | str]]:

@@ -54,7 +54,13 @@ def _list(source: Path, labels: Path | None) -> Listing:
         ours = (source / HEADER_NAME).exists() or (source / UNFINISHED).exists()
         if ours or any(source.glob("*.beton")) or (tars and _kind_of_tar(tars[0]) == "webdataset"):
             return list_shards(source)
-        if tars and not any(entry.is_dir() for entry in os.scandir(source) if not entry.name.startswith(".")):
+        folders = sorted(e.name for e in os.scandir(source) if e.is_dir() and not e.name.startswith("."))
+        if tars and folders:
+            raise ValueError(
+                f"{source}: holds tars of images ({tars[0].name}) and folders ({folders[0]}), either of which may "
+                "be classes; unpack the tars, or move the one or the other elsewhere"
+            )
+        if tars:
             return list_class_tars(source)
         return list_image_folder(source)
     suffix = source.suffix.lower()

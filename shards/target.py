@@ -63,7 +63,9 @@ class Target(Protocol):
     imports: tuple[str, ...]
     """Modules that its writer imports when it starts; worker processes are forked with them."""
     jpeg_only: bool
-    """Whether its readers take JPEG alone."""
+    """Whether its readers take grey and RGB JPEGs alone."""
+    most_bytes: int | None
+    """Of one image; None where there is no such bound."""
     joined: bool
     """Whether a set without a bound on its shards is one file, which `join` makes of the plan's shards."""
 

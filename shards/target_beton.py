@@ -195,6 +195,7 @@ class BetonTarget:
 
     def __init__(self, page_size: int = PAGE) -> None:
         self._page_size = page_size
+        self.most_bytes: int | None = page_size  # no record crosses a page
 
     def writer(self, path: Path, temporary: Path, most_records: int) -> BetonWriter:
         return BetonWriter(path, temporary, most_records, self._page_size)

@@ -63,6 +63,7 @@ class TarShardWriter:
         # TarWriter's own `format` does not reach the tar: extended headers, which DALI's indexer cannot
         # read, would appear before every member whose name is not ASCII.
         self._tar.tarstream.format = tarfile.USTAR_FORMAT
+        self._tar.tarstream.encoding = "utf-8"  # not the locale's: the same samples give the same bytes
         self._index: list[str] = []
 
     def add(self, record: Record) -> int:
@@ -121,6 +122,7 @@ class TarTarget:
     beside: tuple[str, ...] = (".idx",)
     imports: tuple[str, ...] = ("webdataset",)
     jpeg_only = False
+    most_bytes: int | None = None
     joined = False
 
     def writer(self, path: Path, temporary: Path, most_records: int) -> TarShardWriter:

@@ -106,8 +106,9 @@ def _image(task: Task, reader: SampleReader, sample: Sample) -> _Image:
     oddities = list(_oddities(sample.path, data, found))
     how = task.options.conversion()
     encoded = how.wanted(found)
-    if not encoded and found.format != "jpeg" and task.target.jpeg_only:
-        raise _FaultError("a PNG, and a .beton holds JPEGs only; build with --convert oddities")
+    if not encoded and task.target.jpeg_only and (found.format != "jpeg" or found.components == 4):
+        kind = "PNG" if found.format == "png" else "CMYK JPEG"
+        raise _FaultError(f"a {kind}, and a .beton holds grey and RGB JPEGs only; build with --convert oddities")
     if encoded or task.options.validate == "decode":
         from shards.picture import PictureError, check_decodes, convert  # workers start faster without it
 
@@ -119,6 +120,12 @@ def _image(task: Task, reader: SampleReader, sample: Sample) -> _Image:
                 check_decodes(data, found)
         except PictureError as error:
             raise _FaultError(str(error)) from None
+    most = task.target.most_bytes
+    if most is not None and len(data) > most:
+        raise _FaultError(
+            f"{len(data)} bytes, and a page of a .beton holds {most}; make the image smaller "
+            "(--shorter-side, --quality), or build tars"
+        )
     return _Image(data, found, oddities, encoded)
 
 

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from pipeline.corruptions import TRAINING_KINDS
 from tools.evaluation.bootstrap import interval, resampled_means
 from tools.evaluation.calibration import expected_calibration_error
 from tools.evaluation.cells import cells_from_outcomes, intervals, perplexity, severity_correlations
 from tools.evaluation.correlation import correlation, logistic
-from tools.evaluation.models import Signals
+from tools.evaluation.findings import Findings, joint_intervals
+from tools.evaluation.models import Classifier, Preprocessing, Signals
 from tools.evaluation.outcomes import VALUES, Outcomes
 from tools.evaluation.passes import measure
 from tools.evaluation.verdict import verdict
 from tools.runtime.results import CLEAN, Cell, summarise
 
+SHOWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 LOGITS = 3 * torch.randn(400, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(7, (400,), generator=torch.Generator().manual_seed(1))
 
@@ -201,6 +204,20 @@ def test_intervals_hold_the_value() -> None:
         low, high = found[name]
         assert value is not None
         assert low < value < high, name
+
+
+def test_c_bar_does_not_cost_the_intervals() -> None:
+    """Its images are others, and none of the aggregates is over it."""
+    findings = Findings(Classifier("m", torch.nn.Identity(), Preprocessing.model_validate(SHOWN), ["a"], {}))
+    names = [(CLEAN, 0), *((kind, s) for kind in TRAINING_KINDS for s in range(1, 6))]
+    own = Outcomes.empty(len(names), 20, 0)
+    own.top1_CN[:, ::2] = True
+    findings.parts.append((names, [f"{i}" for i in range(20)], own))
+    want = joint_intervals(findings, 0)
+    assert set(want) >= {"clean_top1", "known_top1", "mce"}
+    other = Outcomes.empty(1, 30, 0)
+    findings.parts.append(([("perlin_noise", 1)], [f"b{i}" for i in range(30)], other))
+    assert joint_intervals(findings, 0) == want
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tools.evaluation import models, sets
 from tools.evaluation.classes import imagenet_classes, outputs_of
 from tools.evaluation.folder import open_folder
 from tools.evaluation.models import Classifier, Preprocessing
+from tools.evaluation.outcomes import Outcomes, Snapshots
+from tools.evaluation.run import list_sources
 from tools.runtime.results import CLEAN, read_csv
 
 SIDE = 32
@@ -238,6 +241,34 @@ def test_one_cell_is_not_scored_twice(on_disk: Path, picture_shards: Path, tmp_p
     both = {"data": picture_shards, "imagenet_c": on_disk, "out": tmp_path}
     with pytest.raises(ValueError, match="fog severity 1 would be scored twice"):
         evaluate(EvaluateCommand(models=(spec(three_classes),), kinds=("fog",), **both))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("names", [("v2", "v2.top"), ("a/b", "a-b"), ("a", "[a]")])
+def test_sets_of_similar_names_keep_their_partial_results_apart(tmp_path: Path, names: Any) -> None:
+    for name in names:
+        found = Outcomes.empty(1, 2, 0)
+        found.done_CN[:] = True
+        found.prediction_CN[:] = len(name)
+        Snapshots(tmp_path, name).save({"m": found})
+    for name in names:
+        got = Snapshots(tmp_path, name).load(["m"])["m"]
+        assert got.prediction_CN.tolist() == [[len(name)] * 2]
+    assert Snapshots(tmp_path, "other").load(["m"]) == {}
+
+
+def test_clean_images_of_the_first_set_are_kept(on_disk: Path, picture_shards: Path, tmp_path: Path) -> None:
+    """Two sets of clean images: one is scored, and it is not neither."""
+    shutil.copytree(on_disk / "clean", tmp_path / "bar" / "clean")
+    write_cell(tmp_path / "bar" / "perlin_noise" / "1")
+    both: Any = {"imagenet_c": on_disk, "imagenet_c_bar": tmp_path / "bar"}
+    classifiers = [models.from_name(spec(three_classes))]
+
+    def sources(**more: Any) -> list[str]:
+        command = EvaluateCommand(models=(spec(three_classes),), out=tmp_path / "out", **both, **more)
+        return [s.name for s in list_sources(command, classifiers) if (CLEAN, 0) in s.cells]
+
+    assert sources() == ["imagenet-c/clean/0"]
+    assert sources(data=picture_shards, kinds=("none",)) == ["on-the-fly"]
 
 
 # Classes

@@ -21,6 +21,7 @@ from tools.runtime import checkpoint
 
 CODES, CLASSES, DIM = 12, 7, 2048
 ROOT = Path(__file__).resolve().parent.parent
+THEIRS = {"quantise": "pooled", "metric": "cosine", "released_eval_scale": True}
 PARTS = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
 
 
@@ -182,18 +183,29 @@ class _Bomb:
 
 
 def test_what_their_network_has_and_what_it_has_not() -> None:
-    kept_up = ModelConfig(trunk="resnet10", codes=4, ema=0.9, revive_after=3, init="normal")
+    kept_up = ModelConfig(**THEIRS, trunk="resnet10", codes=4, ema=0.9, revive_after=3, init="normal")  # type: ignore[arg-type]
     net = model.build(kept_up, 3)
     theirs = to_released(net.state_dict(), kept_up)
     assert torch.equal(theirs["codebook.embeddings.weight"], net.codebook.codes)  # type: ignore[union-attr]
     assert not any("upkeep" in name for name in theirs)
     for choices, match in (
-        ({"top_k": 2}, "top_k 2, centre False, so it has no form there"),
-        ({"metric": "cosine", "centre": True}, "centre True, so it has no form there"),
+        ({"quantise": "map"}, "quantise 'map' instead of 'pooled'; train"),
+        ({"metric": "l2"}, "metric 'l2' instead of 'cosine'; train"),
+        (
+            {"attention": False, "fusion": "add"},
+            "fusion 'add' instead of 'concat', attention False instead of True",
+        ),
+        ({"attention_scale": "sqrt_d"}, "attention_scale 'sqrt_d' instead of 'sqrt2'; train"),
+        ({"released_eval_scale": False}, "released_eval_scale False instead of True; train"),
+        ({"stem": "small"}, "stem 'small' instead of 'imagenet'; train"),
+        ({"top_k": 2}, "top_k 2 instead of 1; train one by recipe released"),
+        ({"centre": True}, "centre True instead of False; train"),
         ({"trunk": "timm:test_resnet"}, "a torchvision trunk; this model's is 'timm:test_resnet'"),
     ):
+        config = ModelConfig(**(THEIRS | {"trunk": "resnet10", "codes": 4, "init": "normal"} | choices))  # type: ignore[arg-type]
+        state = {} if config.trunk.startswith("timm:") else model.build(config, 3).state_dict()
         with pytest.raises(ValueError, match=match):
-            to_released({}, ModelConfig(**({"codes": 4} | choices)))  # type: ignore[arg-type]
+            to_released(state, config)
 
 
 def test_a_strangers_file_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,17 @@ def test_non_finite_feature_makes_the_losses_non_finite() -> None:
     assert found.commit_loss.isnan()
 
 
+def test_a_code_that_is_not_finite_makes_the_losses_non_finite() -> None:
+    z_ND, codes_KD = _data()
+    codes_KD[3, 1] = torch.inf
+    for centre_D in (None, torch.zeros(24)):
+        for metric in ("l2", "cosine"):
+            found = quantize(z_ND, codes_KD, metric, centre_D=centre_D)
+            assert found.index_N.eq(-1).all()
+            assert found.vq_loss.isnan()
+            assert found.commit_loss.isnan()
+
+
 def test_unknown_reduction() -> None:
     with pytest.raises(ValueError, match="'max'"):
         quantize(*_data(), reduction="max")  # type: ignore[arg-type]

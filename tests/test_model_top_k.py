@@ -114,6 +114,16 @@ def test_one_code_is_plain_quantisation(weights: Any, metric: Any) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("weights", ["mean", "softmax"])
+def test_a_code_that_is_not_finite_makes_the_losses_non_finite(weights: Any) -> None:
+    z_ND, codes_KD = _data()
+    codes_KD[7, 0] = torch.nan
+    found, index_Nk = quantize_top_k(z_ND, codes_KD, 3, weights)
+    assert index_Nk.eq(-1).all()
+    assert found.vq_loss.isnan()
+    assert found.commit_loss.isnan()
+
+
 def test_a_codebook_counts_all_its_codes_and_compiles() -> None:
     z_ND, codes_KD = _data()
     book = Codebook(40, 24, top_k=3, top_k_weights="softmax", init="normal")

@@ -133,6 +133,7 @@ def test_module_and_name_must_agree() -> None:
         ({"centre": True}, "centre changes no Euclidean distance"),
         ({"top_k": 7, "codes": 6}, "top_k is 7, more than the 6 codes"),
         ({"top_k": 2, "ema": 0.9}, "set ema to 0, or top_k to 1"),
+        ({"top_k": 2, "revive_after": 3}, "set revive_after to 0, or top_k to 1"),
         ({"ema": 1.0}, "less than 1"),
     ],
 )

@@ -86,6 +86,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path / "best").step == 12
 
 
+def test_a_new_best_that_is_not_written_does_not_cost_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = writer(tmp_path, keep=1)
+    assert kept.save(FILES, 2, best=2, last=False)
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert not kept.save(FILES, 4, best=4, last=False)
+    monkeypatch.undo()
+    assert kept.save(FILES, 6, best=4, last=True)
+    assert steps(tmp_path) == [2, 6]
+    assert checkpoint.read(tmp_path / "best").step == 2
+
+
 def test_what_a_killed_run_left_unfinished_goes(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / "step_000006.tmp").mkdir()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import mmap
 import os
 import signal
 import subprocess
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import shards
 import train
@@ -25,6 +29,7 @@ from tools.runtime import affinity, checkpoint, step, trackers, watchdog
 from tools.runtime.config import parse_command
 from tools.runtime.guard import FiniteGuard
 from tools.runtime.interrupt import Stop, StopRequest
+from tools.runtime.meter import Meter, host_memory_gib
 from tools.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -290,3 +295,29 @@ def test_an_audit_names_every_sample_and_its_pixels(picture_shards: Path, tmp_pa
     assert all(len(line["pixels"]) == len(line["sample_id"]) == len(line["kind"]) == 8 for line in lines)
     assert len({pixels for line in lines for pixels in line["pixels"]}) == 16
     assert np.isin([line["severity"] for line in lines], range(6)).all()
+
+
+# Numbers of an interval
+
+
+def test_an_interval_of_skipped_steps_has_no_gradient_norm() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    meter = Meter(Accelerator(cpu=True))
+    meter.add({"loss": torch.tensor(2.0)}, torch.eye(3), torch.arange(3))
+    record = meter.report()
+    assert math.isnan(record["gradient_norm"])
+    assert record["loss"] == 2.0
+    assert record["top1_pct"] == 100.0
+
+
+def test_pages_of_mapped_files_are_not_held(tmp_path: Path) -> None:
+    size_b = 256 << 20
+    path = tmp_path / "records"
+    path.write_bytes(bytes(size_b))
+    before_gib = host_memory_gib()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        assert sum(pages[::4096]) == 0  # every page is resident now
+        assert host_memory_gib() - before_gib < 0.1
+    held = bytearray(b"\1") * size_b
+    assert host_memory_gib() - before_gib > 0.2
+    del held

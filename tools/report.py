@@ -5,6 +5,7 @@ python tools/report.py --run runs/x
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -80,7 +81,7 @@ def make(command: ReportCommand, evaluation: Path) -> str:
     parts += [page.tiles(_tiles(first)), page.verdicts([m["verdict"] for m in results["models"].values()])]
     parts += _accuracy(results, cells, folder)
     parts += _quality(results, cells, evaluation, folder)
-    parts += _models(command, results, folder)
+    parts += _models(command, results, evaluation)
     if command.run is not None:
         parts += _training(command.run, results, folder)
     return page.page(title, parts)
@@ -275,17 +276,36 @@ def _usage(evaluation: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _models(command: ReportCommand, results: dict[str, Any], folder: Path) -> list[str]:
+def _models(command: ReportCommand, results: dict[str, Any], evaluation: Path) -> list[str]:
     """Grad-CAM, t-SNE and gallery: from files, made first if need be."""
-    there = any((folder / file).is_file() for file in of_models.FILES)
+    folder = evaluation / "figures"
+    # Figures stay where a later evaluation of another model writes its results: those of other cells are not shown.
+    stamp, cells = (
+        folder / "cells.sha256",
+        hashlib.sha256((evaluation / "cells.csv").read_bytes()).hexdigest(),
+    )
+    own = stamp.is_file() and stamp.read_text() == cells
+    there = own and any((folder / file).is_file() for file in of_models.FILES)
     missed: list[str] = []
-    data = command.data or Path(results["data"])
+    data = command.data or (Path(results["clean_images"]) if results.get("clean_images") else None)
     if command.figures == "again" or (command.figures == "auto" and not there):
-        try:
-            missed = of_models.draw(results, data, folder)
-        except (FileNotFoundError, ValueError) as error:
-            missed = [f"no figures of the models: {error}"]
-    found = {file: folder / file for file in of_models.FILES if (folder / file).is_file()}
+        if not own:
+            for file in of_models.FILES:
+                (folder / file).unlink(missing_ok=True)
+            stamp.write_text(cells)
+        if data is None:
+            missed = ["no figures of the models: the evaluation read no clean images; give some with --data"]
+        else:
+            try:
+                missed = of_models.draw(results, data, folder)
+            except (FileNotFoundError, ValueError) as error:
+                missed = [f"no figures of the models: {error}"]
+    elif not own and any((folder / file).is_file() for file in of_models.FILES):
+        missed = [
+            "the saved figures of the models are of another evaluation; --figures again draws them anew"
+        ]
+    shown = stamp.is_file() and stamp.read_text() == cells
+    found = {file: folder / file for file in of_models.FILES if shown and (folder / file).is_file()}
     for words in missed:
         log.warning("%s", words)
     if not found and not missed:

@@ -25,7 +25,8 @@ class Quantised(NamedTuple):
     """float32, equal to the nearest codes; its gradient goes to the features as if it were them."""
 
     index_N: Tensor
-    """int64 code of each feature; −1 for a feature that is not finite (its losses are not either)."""
+    """int64 code of each feature; −1 for a feature that is not finite, and for all where a code is not. The
+    losses are NaN then."""
 
     sqdist_N: Tensor
     """float32 distance that the search minimised (of the normalised vectors under "cosine")."""
@@ -195,10 +196,14 @@ def quantize(
 def straight_through(
     z_ND: Tensor, code_ND: Tensor, index_N: Tensor, sqdist_N: Tensor, reduction: str
 ) -> Quantised:
-    """The output and the two losses, once each feature has its code; float32, outside autocast."""
+    """The output and the two losses, once each feature has its code; float32, outside autocast.
+
+    As in the fused pass, both losses are NaN where a feature has no code: what was gathered for it is none.
+    """
     z_ND = z_ND.float()
-    vq_loss = _reduce((code_ND - z_ND.detach()).square(), reduction)
-    commit_loss = _reduce((z_ND - code_ND.detach()).square(), reduction)
+    without_code = (index_N < 0).any()
+    vq_loss = _reduce((code_ND - z_ND.detach()).square(), reduction).masked_fill(without_code, torch.nan)
+    commit_loss = _reduce((z_ND - code_ND.detach()).square(), reduction).masked_fill(without_code, torch.nan)
     # z − sg(z) is exactly zero, so the value is the code to the last bit; z + sg(e − z) would be rounded.
     quantised_ND = code_ND.detach() + (z_ND - z_ND.detach())
     return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss)

@@ -17,7 +17,7 @@ from tools.evaluation.outcomes import Outcomes
 from tools.evaluation.passes import Pass
 from tools.evaluation.sets import read_opinions
 from tools.evaluation.verdict import verdict
-from tools.runtime.results import CLEAN, Cell, CellName, as_json, summarise, write_csv
+from tools.runtime.results import C_BAR_KINDS, CLEAN, Cell, CellName, as_json, summarise, write_csv
 
 
 @dataclass
@@ -97,8 +97,15 @@ def opinion_correlations(command: EvaluateCommand, part: Pass, found: Outcomes) 
 
 
 def joint_intervals(findings: Findings, seed: int) -> dict[str, tuple[float, float]]:
-    """Return bootstrap intervals over the images that all cells of the benchmarks share; empty where they differ."""
-    parts = [part for part in findings.parts if len(part[0]) > 1 or part[0][0][1] or part[0][0][0] == CLEAN]
+    """Return bootstrap intervals over the images that all cells behind the aggregates share; empty where they differ.
+
+    ImageNet-C-bar is in none of these aggregates, and other sets have other images.
+    """
+
+    def counts(cell: CellName) -> bool:
+        return cell == (CLEAN, 0) or (cell[1] > 0 and cell[0] not in C_BAR_KINDS)
+
+    parts = [part for part in findings.parts if any(map(counts, part[0]))]
     if not parts or any(part[1] != parts[0][1] for part in parts):
         return {}
     names = [cell for cells, _, _ in parts for cell in cells]

@@ -5,6 +5,7 @@ Shapes: C = cells, N = images, V = values per image, K = codes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import zipfile
@@ -85,14 +86,15 @@ class Snapshots:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
-        self._name = name.replace("/", "-")
+        # Names of sets are the user's: hashed, none begins like another or holds what a pattern means otherwise.
+        self._prefix = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         self._own: dict[str, Outcomes] = {}
-        self._file = folder / f"{self._name}.{secrets.token_hex(6)}.npz"
+        self._file = folder / f"{self._prefix}.{secrets.token_hex(6)}.npz"
 
     def load(self, models: list[str]) -> dict[str, Outcomes]:
         """Return what earlier processes finished, by model; models without any are absent."""
         found: dict[str, Outcomes] = {}
-        for path in sorted(self._folder.glob(f"{self._name}.*.npz")):
+        for path in sorted(self._folder.glob(f"{self._prefix}.*.npz")):
             for model, part in _read(path).items():
                 if model not in models:
                     continue

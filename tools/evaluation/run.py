@@ -106,6 +106,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "data": str(
             command.data or command.imagenet_c or command.imagenet_c_bar or "".join(command.sets[:1])
         ),
+        "clean_images": command.data and str(command.data),
         "seed": command.seed,
         "flavour": command.flavour,
         "jpeg85": command.jpeg85,
@@ -189,9 +190,9 @@ def list_sources(command: EvaluateCommand, classifiers: Sequence[Classifier]) ->
             f"{twice[0][0]} severity {twice[0][1]} would be scored twice, on the fly and on disk, and the two are not "
             "the same benchmark; evaluate them apart, or say --kinds none"
         )
-    if every.count((CLEAN, 0)) > 1:
-        found = [source for source in found if source.cells != [(CLEAN, 0)]]
-    return found
+    # Clean images are scored once: the first set that has them is the one the others are compared with.
+    first = next((source for source in found if (CLEAN, 0) in source.cells), None)
+    return [source for source in found if source is first or (CLEAN, 0) not in source.cells]
 
 
 def chosen(store: Store, command: EvaluateCommand) -> npt.NDArray[np.int64]:

@@ -62,7 +62,7 @@ def plain_set(name: str, path: Path) -> Source:
         raise ValueError(
             f"--sets: {name!r} cannot be the name of a set, it is a kind of image in the results"
         )
-    return Source(name, [(name, 0)], lambda: open_images(path, name), on_disk=True, fewer="mask")
+    return Source(f"sets/{name}", [(name, 0)], lambda: open_images(path, name), on_disk=True, fewer="mask")
 
 
 def corruptions_on_disk(root: Path, benchmark: str, side: int, fewer: str) -> list[Source]:
@@ -98,7 +98,7 @@ def corruptions_on_disk(root: Path, benchmark: str, side: int, fewer: str) -> li
         found = sorted(
             (p for p in folder.iterdir() if p.is_dir() and _number(p.name) is not None), key=_severity
         )
-        whole = [p for p in found if p.name in "12345"]
+        whole = [p for p in found if p.name in set("12345")]
         numbered = {int(p.name): p for p in whole} if len(whole) == len(found) else dict(enumerate(found, 1))
         if not found or len(found) > len(SEVERITIES):
             raise ValueError(

@@ -214,8 +214,10 @@ class Writer:
         return True
 
     def _prune(self, best: int) -> None:
+        # If the newest best could not be written, `best` still names the one before.
+        kept = (self._folder / BEST_LINK).resolve()
         for old in complete(self._folder)[: -self._keep]:
-            if old.step != best:
+            if old.step != best and old.path.resolve() != kept:
                 shutil.rmtree(old.path)
 
 

@@ -84,7 +84,8 @@ class Meter:
         elapsed_s = time.perf_counter() - self._start_s
         record = {name: total[name] / total["parts"] for name in self._sums}
         record["top1_pct"] = 100 * total["hits"] / total["images"]
-        record["gradient_norm"] = total["norm"] / total["steps"]
+        # With fp16, every step of an interval may have been skipped.
+        record["gradient_norm"] = total["norm"] / total["steps"] if total["steps"] else float("nan")
         record["rate_img_s"] = total["timed"] / elapsed_s
         record["data_wait_pct"] = 100 * self._waited_s / elapsed_s
         self._reset()
@@ -118,5 +119,6 @@ def device_memory_gib(device: torch.device) -> float:
 
 
 def host_memory_gib() -> float:
-    """Return the memory this process holds now (resident set), in GiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_B / 2**30
+    """Return the memory this process holds now, in GiB: resident, without pages of files it has mapped."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * _PAGE_B / 2**30
