@@ -108,7 +108,9 @@ def _image(task: Task, reader: SampleReader, sample: Sample) -> _Image:
     encoded = how.wanted(found)
     if not encoded and task.target.jpeg_only and (found.format != "jpeg" or found.components == 4):
         kind = "PNG" if found.format == "png" else "CMYK JPEG"
-        raise _FaultError(f"a {kind}, and a .beton holds grey and RGB JPEGs only; build with --convert oddities")
+        raise _FaultError(
+            f"a {kind}, and a .beton holds grey and RGB JPEGs only; build with --convert oddities"
+        )
     if encoded or task.options.validate == "decode":
         from shards.picture import PictureError, check_decodes, convert  # workers start faster without it
 

@@ -196,8 +196,10 @@ def test_cmyk_and_png_are_converted_where_asked_and_for_beton(tmp_path: Path) ->
             files[f"a/{name}"]
             for name in ("grey.JPEG", "inner/folder.jpg", "jpeg.png", "plain.jpg", "rotated.jpg")
         }
+    (source / "a" / "cmyk.JPEG").unlink()
     with pytest.raises(
-        ValueError, match=r"a/deep\.png: a PNG, and a \.beton holds JPEGs only; build with --convert"
+        ValueError,
+        match=r"a/deep\.png: a PNG, and a \.beton holds grey and RGB JPEGs only; build with --convert",
     ):
         run(source, tmp_path / "kept", samples_per_shard=None, target="beton", convert="none")
 
@@ -282,3 +284,46 @@ def test_an_image_too_large_to_decode_is_named(tmp_path: Path) -> None:
     ):
         run(source, tmp_path / "decoded", validate="decode")
     assert run(source, tmp_path / "small", shorter_side=10, on_error="skip").counts["rejected"] == 1
+
+
+def test_a_beton_refuses_cmyk_where_nothing_is_converted(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "source", {"a/1.jpg": encoded(mode="CMYK"), "a/2.jpg": encoded(mode="L")})
+    beton = {"samples_per_shard": None, "target": "beton", "convert": "none"}
+    with pytest.raises(
+        ValueError, match=r"a/1\.jpg: a CMYK JPEG, and a \.beton holds grey and RGB JPEGs only"
+    ):
+        run(source, tmp_path / "out", **beton)
+    assert run(source, tmp_path / "left_out", on_error="skip", **beton).counts["rejected"] == 1
+    assert [p.mode for p in pictures(tmp_path / "left_out").values()] == ["L"]
+
+
+def test_an_image_larger_than_a_page_is_a_damaged_one_to_a_beton(tmp_path: Path) -> None:
+    large = encoded() + bytes(8 << 20)  # bytes after the end marker are tolerated
+    source = write_tree(tmp_path / "source", {"a/1.jpg": encoded(), "a/2.jpg": large})
+    message = rf"a/2\.jpg: {len(large)} bytes, and a page of a \.beton holds 8388608; make the image smaller"
+    with pytest.raises(ValueError, match=rf"{message}.*--on-error skip"):
+        run(source, tmp_path / "out", samples_per_shard=None, target="beton")
+    report = run(source, tmp_path / "out", samples_per_shard=None, target="beton", on_error="skip")
+    assert (report.samples, report.counts["rejected"]) == (1, 1)
+    assert run(source, tmp_path / "tar").samples == 2
+
+
+def test_an_image_too_wide_for_a_jpeg_is_named(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "source", {"a/1.png": huge(70_000, 100), "a/2.jpg": encoded()})
+    message = (
+        r"a/1\.png: 70000 x 100 pixels, and a JPEG is written with at most 65500 a side; make it smaller"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "out", convert="oddities")
+    assert run(source, tmp_path / "out", convert="oddities", on_error="skip").counts["rejected"] == 1
+    assert run(source, tmp_path / "small", convert="oddities", shorter_side=50).samples == 2
+
+
+def test_a_conversion_that_fails_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError("no memory for it")
+
+    source = write_tree(tmp_path / "source", {"a/1.png": encoded("PNG")})
+    monkeypatch.setattr(Image.Image, "save", refuses)
+    with pytest.raises(ValueError, match=r"a/1\.png: cannot be made a JPEG: no memory for it"):
+        run(source, tmp_path / "out", convert="oddities")

@@ -55,6 +55,24 @@ def test_output_inside_the_source_is_refused(source: Path) -> None:
         run(source, source / "out")
 
 
+@pytest.mark.parametrize("place", ["c1", "c1/more"])
+def test_a_broken_link_that_may_have_been_a_folder_is_named(source: Path, tmp_path: Path, place: str) -> None:
+    link = source / place
+    if place == "c1":
+        link.rename(tmp_path / "moved")
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=rf"{link}: a link to '.*nowhere', which is not there; .* mend the link"
+    ):
+        run(source, tmp_path / "out")
+
+
+def test_class_tars_beside_class_folders_are_refused(source: Path, tmp_path: Path) -> None:
+    packed({"c7_1.jpg": encoded()}, source / "c7.tar")
+    with pytest.raises(ValueError, match=r"source: holds tars of images \(c7\.tar\) and folders \(c0\)"):
+        run(source, tmp_path / "out")
+
+
 def test_links_in_a_circle_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "c0" / "again").symlink_to(source / "c0")
     with pytest.raises(ValueError, match="leads back into a folder above"):
@@ -362,6 +380,48 @@ def test_a_class_file_gives_the_order_and_may_name_more(source: Path, tmp_path: 
         run(source, tmp_path / "out")
 
 
+def test_folders_named_with_digits_are_names_to_a_class_file(tmp_path: Path) -> None:
+    files = {"0/a.jpg": encoded(seed=1), "1/b.jpg": encoded(seed=2)}
+    source = write_tree(tmp_path / "source", files)
+    names = tmp_path / "classes.txt"
+    names.write_text("1\n0\n")
+    run(source, tmp_path / "out", classes=names)
+    assert contents(shards.open(tmp_path / "out")) == {
+        "0_a": ("0", files["0/a.jpg"]), "1_b": ("1", files["1/b.jpg"])
+    }  # fmt: skip
+    listed = tmp_path / "list.csv"  # `label` numbers the classes, `class` names them
+    for column, wanted in (("label", ["1", "0"]), ("class", ["0", "1"])):
+        listed.write_text(f"path,{column}\nsource/0/a.jpg,0\nsource/1/b.jpg,1\n")
+        run(listed, tmp_path / column, classes=names)
+        store = shards.open(tmp_path / column)
+        assert [store.classes[label] for label in store.label] == wanted
+
+
+def test_label_files_keep_dots_in_names_and_pass_over_empty_rows(tmp_path: Path) -> None:
+    files = {"v1.2.jpg": encoded(seed=1), "v1.3.jpg": encoded(seed=2), "v2.JPEG": encoded(seed=3)}
+    tar = packed(files, tmp_path / "a" / "val.tar")
+    labels = tmp_path / "labels"
+    for text in (
+        "v1.2.jpg dog\nv1.3.jpg,cat\n\nv2.JPEG dog\nv2.JPEG dog\n",
+        "ImageId,PredictionString\nv1.2,dog 1 2 3 4\n\nv1.3,cat 1 2 3 4\n,\nv2,dog 5 6 7 8\n",
+    ):
+        labels.write_text(text)
+        out = tmp_path / f"out{len(text)}"
+        run(tar, out, labels=labels)
+        found = {data: name for name, data in contents(shards.open(out)).values()}
+        assert found == {files["v1.2.jpg"]: "dog", files["v1.3.jpg"]: "cat", files["v2.JPEG"]: "dog"}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_list_is_split_at_line_ends_alone(tmp_path: Path, form: str) -> None:
+    name = "a\u2028b\x85c.jpg"
+    write_tree(tmp_path, {name: encoded()})
+    path = tmp_path / f"list.{form}"
+    row = json.dumps({"path": name, "class": "x"}, ensure_ascii=False)
+    path.write_text(f"path,class\n{name},x\n" if form == "csv" else f"{row}\n", "utf-8")
+    assert run(path, tmp_path / "out").samples == 1
+
+
 # Bad sources.
 
 
@@ -491,10 +551,13 @@ def test_label_files_that_do_not_fit_are_refused(
         ("1\n" * 7, "numbers without image names, whose order is not known"),
         ("n00\n" * 6, "6 classes for the 7 images"),
         ("ILSVRC2012_val_00000001.JPEG n00\nx n00\n", "no class for ILSVRC2012_val_00000002.JPEG of"),
-        ("a b\nc\n", "wanted ILSVRC2012_devkit"),
+        ("a b\nc\n", "line 2: an image and its class are two fields, found 1; wanted ILSVRC2012_devkit"),
+        ("a.jpg b\n\nc.jpg a tabby\n", "line 3: an image and its class are two fields, found 3"),
+        ("d/1.jpg a\n1.png b\n", r"line 2: 1\.png has class b here and a in a line before"),
+        ("ImageId,PredictionString\nx\n", "line 2: an image and its class are two fields, found 1"),
     ):
         labels.write_text(text)
-        with pytest.raises(ValueError, match=rf"labels: .*{message}"):
+        with pytest.raises(ValueError, match=rf"labels(: |, ).*{message}"):
             run(tar, tmp_path / "out", labels=labels)
     devkit(labels, {name: c for name, c in classes.items() if "07" not in name})
     with pytest.raises(
