@@ -34,6 +34,7 @@ from shards.parts import Part, finished_part, forget_stale_join
 from shards.plan import TARGETS, WORK, Task, make_plan, one_file, source_hash
 from shards.side_files import side_files
 from shards.sources import list_source
+from shards.target import is_shard_name
 from shards.workers import write_missing
 from shards.write_shard import BadImageError, write_shard
 
@@ -83,7 +84,7 @@ def _remove_others(options: BuildOptions, shards: list[ShardFile]) -> None:
     target = TARGETS[options.target]
     names = {shard.name for shard in shards}
     for path in options.out.glob(f"{options.name}-*{target.suffix}"):
-        if path.name not in names:
+        if path.name not in names and is_shard_name(path.name, options.name, target.suffix):
             for suffix in target.beside:
                 path.with_suffix(suffix).unlink(missing_ok=True)
             path.unlink()

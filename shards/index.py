@@ -26,6 +26,7 @@ from shards.manifest import (
     Header,
     Table,
     check_shard_name,
+    check_table,
     describe_table,
     encode_table,
     join_tables,
@@ -158,6 +159,9 @@ def _make(files: list[Path], classes: list[str] | None, stamp: str, place: Path)
             pool.shutdown(cancel_futures=True)
             raise
     header, table, encoded = _manifest(files, found, classes, stamp)
+    # An index that would be refused when it is read must not be written, nor used this once.
+    where = str(files[0]) if len(files) == 1 else str(files[0].parent)
+    check_table(table, header, where, "copy the shards again from where they are whole, or write them again")
     write_manifest(place, header, encoded)
     damaged = [
         f"{file}, sample {shard.table.key(row)}: {words}"

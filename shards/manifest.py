@@ -214,8 +214,10 @@ def decode_table(buffer: bytes | bytearray | memoryview | mmap.mmap, where: str)
     return Table(columns, keys_u8)
 
 
-def check_table(table: Table, header: Header, where: str) -> None:
-    """Refuse rows that point outside their shard, outside the class list or outside the keys.
+def check_table(
+    table: Table, header: Header, where: str, remedy: str = "the table is damaged: build the set again"
+) -> None:
+    """Refuse rows that point outside their shard, overlap, or point outside the class list or the keys.
 
     Raises:
         ValueError: naming the first bad row and what is wrong with it.
@@ -232,7 +234,7 @@ def check_table(table: Table, header: Header, where: str) -> None:
     def refuse(bad: npt.NDArray[np.bool_], what: str) -> None:
         if bad.any():
             row = int(np.argmax(bad))
-            raise ValueError(f"{where}: row {row}: {what}; the table is damaged: build the set again")
+            raise ValueError(f"{where}: row {row}: {what}; {remedy}")
 
     samples = np.array([shard.samples for shard in header.shards], dtype=np.int64)
     rows_of_shard = np.repeat(np.arange(len(samples), dtype="<u4"), samples)

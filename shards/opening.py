@@ -54,7 +54,8 @@ def open(
         files = [folder / shard.name for shard in header.shards]
     for file, shard in zip(files, header.shards, strict=True):
         check_file(file, shard)
-    again = partial(_reopen, str(Path(path).absolute()), max_open_files, classes, header.table.xxh3_128)
+    class_file = None if classes is None else str(Path(classes).absolute())
+    again = partial(_reopen, str(Path(path).absolute()), max_open_files, class_file, header.table.xxh3_128)
     return Store(files, header, table, max_open_files, again)
 
 

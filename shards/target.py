@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from shards.manifest import ShardFile, Storage, Table
 def joined_mark(piece: Path) -> Path:
     """The file that says that a piece is already in the one file and needs not be there itself."""
     return piece.with_name(f"{piece.name}.joined")
+
+
+def is_shard_name(name: str, set_name: str, suffix: str) -> bool:
+    """Whether a file is named as the builder names a shard of several of the set."""
+    return re.fullmatch(rf"{re.escape(set_name)}-\d{{6,}}{re.escape(suffix)}", name, re.ASCII) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from shards.locate import locate
 from shards.manifest import HEADER_NAME, TABLE_NAME, Header, Table, read_header, read_table
 from shards.opening import set_folder
 from shards.side_files import side_files
+from shards.target import is_shard_name
 from shards.verify_beton import BetonCheck
 from shards.verify_foreign import foreign_tar_faults
 from shards.verify_tar import TarCheck
@@ -71,7 +72,8 @@ def _stray_files(folder: Path, header: Header) -> Iterator[Fault]:
     listed = {shard.name for shard in header.shards}
     suffix = ".beton" if header.storage == "ffcv" else ".tar"
     for path in sorted({*folder.glob(f"{header.name}-*{suffix}"), *folder.glob(f"{header.name}{suffix}")}):
-        if path.name not in listed:
+        ours = path.name == f"{header.name}{suffix}" or is_shard_name(path.name, header.name, suffix)
+        if ours and path.name not in listed:
             yield Fault(
                 path.name, None, "not in the manifest, though named as a shard of the set", "remove it"
             )

@@ -15,6 +15,7 @@ from building import DAMAGED, GOOD, contents, digests, plain_files, run, write_t
 import shards
 from shards import claim, plan, target_beton, target_tar
 from shards.target import Record
+from shards.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,6 +67,41 @@ def test_a_changed_source_does_not_replace_a_shard(source: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="neither JPEG nor PNG"):
         run(source, out, only=0)
     assert digests(out) == before
+
+
+def test_several_lost_shards_are_written_again_one_by_one(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = digests(out)
+    for number in (1, 3):
+        (out / f"set-{number:06d}.tar").unlink()
+    run(source, out, only=3)
+    run(source, out, only=1)
+    assert digests(out) == before
+
+
+def test_only_what_the_builder_named_is_removed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extra = source / "c0" / "z.jpg"
+    extra.write_bytes(b"")
+    with pytest.raises(ValueError, match="zero bytes"):
+        run(source, out)
+    extra.unlink()
+    stale, notes = out / "set-000009.tar", out / "set-notes.tar"
+    stale.write_bytes(b"of a larger plan")
+    notes.write_bytes(b"somebody's")
+    run(source, out)
+    assert not stale.exists()
+    assert notes.read_bytes() == b"somebody's"
+    assert verify(out).faults == []
+
+
+def test_a_dry_run_says_what_the_build_would_say(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    assert run(source, out, dry_run=True).reused_shards == 4
+    with pytest.raises(ValueError, match="holds a finished set of another build: samples_per_shard is 3"):
+        run(source, out, dry_run=True, samples_per_shard=5)
 
 
 def test_foreign_tars_are_not_overwritten(source: Path, tmp_path: Path) -> None:

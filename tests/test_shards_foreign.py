@@ -303,6 +303,36 @@ def test_a_foreign_beton(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         shards.open(path)
 
 
+def test_a_beton_whose_records_overlap_is_refused_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "other.beton"
+    with BetonWriter(path, tmp_path / "tmp", 2) as writer:
+        for i in range(2):
+            data = jpeg(i) + bytes(500)
+            writer.add(Record(f"k{i}", "jpeg", data, 0, 12, 9, xxhash.xxh3_64_intdigest(data)))
+        writer.finish()
+    whole = bytearray(path.read_bytes())
+    at = len(whole) - 2 * 24 + 16  # the first record's size in the allocation table
+    whole[at : at + 8] = (int.from_bytes(whole[at : at + 8], "little") + 1).to_bytes(8, "little")
+    path.write_bytes(whole)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"other\.beton: row 1: the record overlaps another one; copy the"
+        ):
+            shards.open(path)
+
+
+def test_a_store_opened_with_a_relative_class_file_travels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(0)), ("1.cls", b"cat")])
+    (tmp_path / "names").write_text("dog\ncat\n")
+    monkeypatch.chdir(tmp_path)
+    text = pickle.dumps(shards.open("a.tar", classes="names"))
+    monkeypatch.chdir("/")
+    with pickle.loads(text) as store:
+        assert store.classes == ["dog", "cat"]
+
+
 def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
     write_tars(tmp_path / "set", numbered(300), per_shard=1, mtime=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
