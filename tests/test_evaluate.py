@@ -45,6 +45,11 @@ def test_the_held_out_average_of_the_papers_table_4() -> None:
     assert (summary.known_top1, summary.mean_error, summary.mce_kinds) == (0.5, 0.5, 1)
     assert "over 1 of 15 kinds" in summary.mce_label
     assert summary.mce_pct is None
+    assert as_json(summary)["known_kinds"] == 1
+    assert as_json(summary)["unknown_kinds"] == 4
+    printed = table([Cell(CLEAN, 0, 0.9, 1.0, 10), *cells({"fog": 0.5, "spatter": 0.4})], 10)
+    assert "mean corruption error, unnormalised (1 of 15 kinds): 50.00 %" in printed
+    assert "held-out kinds (1 of 4 kinds), mean top-1: 40.00 %" in printed
     assert summarise(cells({"fog": 0.5}), partial=True).mce_pct == pytest.approx(50 / ALEXNET_ERROR["fog"])
 
 

@@ -236,4 +236,19 @@ def test_the_verdict_says_what_was_seen(trained_on: tuple[str, ...] | None, word
     cells = [Cell("fog", s, 0.5, 1.0, 10) for s in range(1, 6)]
     line = verdict("r50", trained_on, summarise(cells))
     assert re.search(words, line), line
-    assert "Known 50.00 %, Unknown not evaluated, mCE not complete" in line
+    assert "Known 50.00 % (1 of 15 kinds), Unknown not evaluated, mCE not complete" in line
+
+
+def test_the_verdict_of_a_benchmark_seen_in_part() -> None:
+    """Known is neither of seen corruptions nor of new ones."""
+    cells = [Cell(k, s, 0.5, 1.0, 10) for k in TRAINING_KINDS for s in range(1, 6)]
+    summary = summarise([*cells, *(Cell("spatter", s, 0.4, 1.0, 10) for s in range(1, 6))])
+    line = verdict("r50", ("fog", "snow"), summary)
+    assert "Known 50.00 %, Unknown 40.00 % (1 of 4 kinds), mCE" in line
+    assert "(snow, fog): Known and mCE mix 2 seen and 13 unseen kinds, Unknown of ones it has not" in line
+    whole = verdict("r50", TRAINING_KINDS, summary)
+    assert (
+        "trained on 15 of the 15 benchmark corruptions: Known and mCE are of corruptions it has seen" in whole
+    )
+    without = verdict("r50", ("snow",), summarise([c for c in cells if c.corruption == "fog"]))
+    assert "Known and mCE are of corruptions it has not seen" in without

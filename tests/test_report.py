@@ -87,6 +87,10 @@ def test_the_report_has_everything_and_needs_nothing(
     }
     saved = json.loads((evaluation / "results.json").read_text())["models"]["untrained"]
     assert re.search(rf"<b>{100 * saved['clean_top1']:.1f}</b>", text)
+    # A mean over a few kinds is never printed as if it were whole.
+    assert "benchmark corruptions (2 of 15 kinds), %" in text
+    assert "held-out corruptions (1 of 4 kinds), %" in text
+    assert re.search(r"<td>[\d.]+( ± [\d.]+)? \(2 of 15 kinds\)</td>", text)
 
 
 def test_saved_results_are_enough(evaluation: Path, tmp_path: Path) -> None:
@@ -123,8 +127,10 @@ def test_figures_of_another_model_are_not_shown(evaluation: Path, tmp_path: Path
     saved = text_of(report(ReportCommand(evaluation=copy, figures="saved")))
     assert "Grad-CAM" not in saved
     assert "the saved figures of the models are of another evaluation" in saved
-    report(ReportCommand(evaluation=copy))
-    assert (copy / "figures" / "grad_cam.jpg").read_bytes() != drawn["grad_cam.jpg"]
+    again = text_of(report(ReportCommand(evaluation=copy)))
+    assert "three_classes has no convolution" in again
+    assert not (copy / "figures" / "grad_cam.jpg").exists()  # the other model's
+    assert (copy / "figures" / "tsne_classes.png").read_bytes() != drawn["tsne_classes.png"]
 
 
 def test_an_evaluation_on_files_has_no_clean_images_to_draw(evaluation: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ python tools/report.py --run runs/x
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
@@ -17,12 +16,13 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS
 from tools.figures import accuracy, of_models, page, stability, training
 from tools.figures.paper import TABLE_3
 from tools.runtime import checkpoint
 from tools.runtime.config import RunConfig, flatten, validated
 from tools.runtime.metrics import read_metrics
-from tools.runtime.results import CLEAN, SEVERITIES, Cell, by_kind, read_csv, summarise
+from tools.runtime.results import CLEAN, SEVERITIES, Cell, by_kind, over, read_csv, summarise
 
 log = logging.getLogger("vqsa")
 
@@ -108,16 +108,26 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _tiles(model: dict[str, Any]) -> list[tuple[str, str]]:
+    known, unknown = _parts(model)
     found = [
         ("clean_top1", "clean top-1, %"),
-        ("known_top1", "Known: top-1 over the 15 benchmark corruptions, %"),
-        ("unknown_top1", "Unknown: top-1 over the 4 held-out corruptions, %"),
-        ("mean_corruption_error", "mean corruption error, unnormalised, %"),
+        ("known_top1", f"Known: top-1 over the {len(TRAINING_KINDS)} benchmark corruptions{known}, %"),
+        ("unknown_top1", f"Unknown: top-1 over the {len(HELD_OUT_KINDS)} held-out corruptions{unknown}, %"),
+        ("mean_corruption_error", f"mean corruption error, unnormalised{known}, %"),
     ]
     tiles = [(_percent(model[key]), words) for key, words in found if model[key] is not None]
     if model["mce"] is not None:
         tiles.append((f"{model['mce']:.1f}", model["mce_label"]))
     return tiles
+
+
+def _parts(model: dict[str, Any]) -> tuple[str, str]:
+    """What is said after Known and after Unknown where some of their kinds were not evaluated."""
+    evaluated = model["top1_per_corruption"]
+    known, unknown = (
+        over(sum(k in evaluated for k in kinds), kinds) for kinds in (TRAINING_KINDS, HELD_OUT_KINDS)
+    )
+    return known, unknown
 
 
 def _accuracy(results: dict[str, Any], cells: dict[str, list[Cell]], folder: Path) -> list[str]:
@@ -130,15 +140,23 @@ def _accuracy(results: dict[str, Any], cells: dict[str, list[Cell]], folder: Pat
     for name, m in results["models"].items():
         spans = m["intervals_95"]
 
-        def value(key: str, factor: float, m: dict[str, Any] = m, spans: dict[str, Any] = spans) -> str:
+        known, unknown = _parts(m)
+
+        def value(
+            key: str, factor: float, part: str = "", m: dict[str, Any] = m, spans: dict[str, Any] = spans
+        ) -> str:
             if m[key] is None:
                 return "–"
             span = spans.get(key)
             half = "" if span is None else f" ± {factor * (span[1] - span[0]) / 2:.1f}"
-            return f"{factor * m[key]:.1f}{half}"
+            return f"{factor * m[key]:.1f}{half}{part}"
 
-        percentages = [value(key, 100) for key in ("clean_top1", "known_top1", "unknown_top1")]
-        rows.append([name, *percentages, value("mce", 1), value("relative_mce", 1)])
+        numbers = [
+            value("clean_top1", 100),
+            value("known_top1", 100, known),
+            value("unknown_top1", 100, unknown),
+        ]
+        rows.append([name, *numbers, value("mce", 1, known), value("relative_mce", 1, known)])
         ours.append(True)
     parts = [
         page.heading("Results beside the paper's"),
@@ -278,34 +296,7 @@ def _usage(evaluation: Path) -> dict[str, dict[str, Any]]:
 
 def _models(command: ReportCommand, results: dict[str, Any], evaluation: Path) -> list[str]:
     """Grad-CAM, t-SNE and gallery: from files, made first if need be."""
-    folder = evaluation / "figures"
-    # Figures stay where a later evaluation of another model writes its results: those of other cells are not shown.
-    stamp, cells = (
-        folder / "cells.sha256",
-        hashlib.sha256((evaluation / "cells.csv").read_bytes()).hexdigest(),
-    )
-    own = stamp.is_file() and stamp.read_text() == cells
-    there = own and any((folder / file).is_file() for file in of_models.FILES)
-    missed: list[str] = []
-    data = command.data or (Path(results["clean_images"]) if results.get("clean_images") else None)
-    if command.figures == "again" or (command.figures == "auto" and not there):
-        if not own:
-            for file in of_models.FILES:
-                (folder / file).unlink(missing_ok=True)
-            stamp.write_text(cells)
-        if data is None:
-            missed = ["no figures of the models: the evaluation read no clean images; give some with --data"]
-        else:
-            try:
-                missed = of_models.draw(results, data, folder)
-            except (FileNotFoundError, ValueError) as error:
-                missed = [f"no figures of the models: {error}"]
-    elif not own and any((folder / file).is_file() for file in of_models.FILES):
-        missed = [
-            "the saved figures of the models are of another evaluation; --figures again draws them anew"
-        ]
-    shown = stamp.is_file() and stamp.read_text() == cells
-    found = {file: folder / file for file in of_models.FILES if shown and (folder / file).is_file()}
+    found, missed = of_models.kept_or_drawn(results, command.data, evaluation, command.figures)
     for words in missed:
         log.warning("%s", words)
     if not found and not missed:

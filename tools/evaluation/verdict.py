@@ -16,11 +16,10 @@ def verdict(name: str, trained_on: Sequence[str] | None, summary: Summary) -> st
     """
     known, unknown, mce = summary.known_top1, summary.unknown_top1, summary.mce_pct
     kinds = len(TRAINING_KINDS)
-    over = "" if summary.mce_kinds == kinds else f" (over {summary.mce_kinds} of {kinds} kinds)"
     parts = [
-        f"Known {_pct(known)}",
-        f"Unknown {_pct(unknown)}",
-        f"mCE {'not complete' if mce is None else f'{mce:.2f} %{over}'}",
+        f"Known {_pct(known)}{summary.known_over}",
+        f"Unknown {_pct(unknown)}{summary.unknown_over}",
+        f"mCE {'not complete' if mce is None else f'{mce:.2f} %{summary.known_over}'}",
     ]
     if trained_on is None:
         seen = "training corruptions not known; the numbers may hold corruptions it was trained on"
@@ -32,12 +31,23 @@ def verdict(name: str, trained_on: Sequence[str] | None, summary: Summary) -> st
         seen = f"trained on {len(benchmark)} of the {kinds} benchmark corruptions"
         if len(benchmark) < kinds and benchmark:
             seen += f" ({', '.join(benchmark)})"
-        seen += ": Known and mCE are of corruptions it has seen" if benchmark else ""
+        seen += f": {_known(benchmark, summary)}"
         if leaked:
             seen += f"; LEAK: trained on {', '.join(leaked)}, so Unknown is not unknown"
         else:
             seen += ", Unknown of ones it has not"
     return f"{name}: {', '.join(parts)}; {seen}."
+
+
+def _known(trained_on: Sequence[str], summary: Summary) -> str:
+    """What Known and mCE are of, by the kinds that were evaluated."""
+    evaluated = [kind for kind in TRAINING_KINDS if kind in summary.top1]
+    seen = sum(kind in trained_on for kind in evaluated)
+    if not seen:
+        return "Known and mCE are of corruptions it has not seen"
+    if seen == len(evaluated):
+        return "Known and mCE are of corruptions it has seen"
+    return f"Known and mCE mix {seen} seen and {len(evaluated) - seen} unseen kinds"
 
 
 def _pct(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,50 @@ FILES = {
     "gallery.jpg": "One image of the data under every corruption",
 }
 
+_STAMP = "cells.sha256"
+"""Beside the figures: of which cells they are."""
+
 _CLASSES, _PER_CLASS, _GRID_ROWS = 10, 5, 4
+
+
+def kept_or_drawn(
+    results: Mapping[str, Any], data: Path | None, evaluation: Path, figures: str
+) -> tuple[dict[str, Path], list[str]]:
+    """Return the figures there are of an evaluation, by name of the file, and what could not be drawn, in words.
+
+    Args:
+        results: what results.json holds.
+        data: clean images; None for the evaluation's.
+        evaluation: its folder; the figures are in `figures/` there.
+        figures: "auto", "saved" or "again", see `tools.report.ReportCommand`.
+    """
+    folder = evaluation / "figures"
+    # Figures stay where a later evaluation of another model writes its results: those of other cells are not shown.
+    stamp, cells = folder / _STAMP, hashlib.sha256((evaluation / "cells.csv").read_bytes()).hexdigest()
+    own = stamp.is_file() and stamp.read_text() == cells
+    there = {file: folder / file for file in FILES if (folder / file).is_file()}
+    if figures == "saved" or (figures == "auto" and own and there):
+        if there and not own:
+            words = (
+                "the saved figures of the models are of another evaluation; --figures again draws them anew"
+            )
+            return {}, [words]
+        return there, []
+    if not own:
+        for path in there.values():
+            path.unlink()
+        folder.mkdir(exist_ok=True)
+        stamp.write_text(cells)
+    if data is None and results.get("clean_images"):
+        data = Path(results["clean_images"])
+    if data is None:
+        missed = ["no figures of the models: the evaluation read no clean images; give some with --data"]
+    else:
+        try:
+            missed = draw(results, data, folder)
+        except (FileNotFoundError, ValueError) as error:
+            missed = [f"no figures of the models: {error}"]
+    return {file: folder / file for file in FILES if (folder / file).is_file()}, missed
 
 
 def draw(results: Mapping[str, Any], data: Path, folder: Path, threads: int = 2) -> list[str]:

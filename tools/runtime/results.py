@@ -78,7 +78,7 @@ class Summary:
     """Aggregates of the cells of one model. Accuracies and errors are fractions, mCE is in percent.
 
     known_top1, unknown_top1: mean over the 15 benchmark kinds and the 4 held-out ones, over severities; of those
-        that were evaluated. `missing` names the cells that were not.
+        that were evaluated: mce_kinds and unknown_kinds of them. `missing` names the cells that were not.
     mean_error: mean corruption error over the benchmark kinds that were evaluated, unnormalised.
     mce_pct: mean over benchmark kinds of error / AlexNet's error (paper, eq. 11); None unless all 15 are there or a
         partial one was asked for.
@@ -97,6 +97,7 @@ class Summary:
     mce_pct: float | None
     relative_mce_pct: float | None
     mce_kinds: int
+    unknown_kinds: int
     family_top1: dict[str, float]
     c_bar_top1: float | None
     top1: dict[str, float]
@@ -104,11 +105,26 @@ class Summary:
     missing: tuple[CellName, ...]
 
     @property
+    def known_over(self) -> str:
+        """What is said after Known and the mean error where they are over a part of their kinds."""
+        return over(self.mce_kinds, TRAINING_KINDS)
+
+    @property
+    def unknown_over(self) -> str:
+        """The same after Unknown."""
+        return over(self.unknown_kinds, HELD_OUT_KINDS)
+
+    @property
     def mce_label(self) -> str:
         """How many kinds the mCE is over, and what it is normalised by."""
         return (
             f"mCE over {self.mce_kinds} of {len(TRAINING_KINDS)} kinds, normalised by AlexNet on ImageNet-C"
         )
+
+
+def over(there: int, kinds: Sequence[str]) -> str:
+    """Return " (2 of 15 kinds)", or nothing where all or none are there."""
+    return f" ({there} of {len(kinds)} kinds)" if 0 < there < len(kinds) else ""
 
 
 def by_kind(cells: Iterable[Cell]) -> dict[str, dict[int, Cell]]:
@@ -182,6 +198,7 @@ def summarise(cells: Iterable[Cell], *, partial: bool = False, released_bug: boo
         mce_pct=mce,
         relative_mce_pct=relative,
         mce_kinds=len(known),
+        unknown_kinds=len(unknown),
         family_top1={
             family: mean(top1[k] for k in kinds)
             for family, kinds in FAMILIES.items()
@@ -217,7 +234,9 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "clean_top1": summary.clean_top1,
         "clean_top5": summary.clean_top5,
         "known_top1": summary.known_top1,
+        "known_kinds": summary.mce_kinds,
         "unknown_top1": summary.unknown_top1,
+        "unknown_kinds": summary.unknown_kinds,
         "mean_corruption_error": summary.mean_error,
         "mce": summary.mce_pct,
         "relative_mce": summary.relative_mce_pct,
@@ -318,7 +337,9 @@ def table(cells: Sequence[Cell], classes: int, *, partial: bool = False, release
     for family, value in summary.family_top1.items():
         lines.append(f"{family:27s}{'':35s}{100 * value:8.1f}  (family)")
     if summary.mean_error is not None:
-        lines.append(f"mean corruption error, unnormalised: {100 * summary.mean_error:.2f} %")
+        lines.append(
+            f"mean corruption error, unnormalised{summary.known_over}: {100 * summary.mean_error:.2f} %"
+        )
     if summary.mce_pct is not None:
         relative = summary.relative_mce_pct
         more = "" if relative is None else f", relative mCE {relative:.2f} %"
@@ -334,7 +355,8 @@ def table(cells: Sequence[Cell], classes: int, *, partial: bool = False, release
             f"no mCE: missing {names(summary.missing)}; --partial-mce gives it over the kinds there are"
         )
     if summary.unknown_top1 is not None:
-        lines.append(f"held-out kinds, mean top-1: {100 * summary.unknown_top1:.2f} %")
+        lines.append(f"held-out kinds{summary.unknown_over}, mean top-1: {100 * summary.unknown_top1:.2f} %")
     if summary.c_bar_top1 is not None:
-        lines.append(f"ImageNet-C-bar, mean top-1: {100 * summary.c_bar_top1:.2f} %")
+        part = over(sum(kind in summary.top1 for kind in C_BAR_KINDS), C_BAR_KINDS)
+        lines.append(f"ImageNet-C-bar{part}, mean top-1: {100 * summary.c_bar_top1:.2f} %")
     return "\n".join(lines)
