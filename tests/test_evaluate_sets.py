@@ -413,6 +413,31 @@ def test_sets_need_a_name(tmp_path: Path) -> None:
         evaluate(EvaluateCommand(sets=(f"fog={tmp_path}",), **request))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ("absent", "absent"),
+        ("others", "3 of the data are none of the model's"),
+        ("few", r"--images asks for 5, but .*few has 3"),
+    ],
+)
+def test_every_set_is_looked_at_before_the_first_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str, message: str
+) -> None:
+    write_cell(tmp_path / "first", side=40)
+    write_cell(tmp_path / "few", side=40, count=3)
+    for i in range(3):
+        shutil.copytree(tmp_path / "first" / "class0", tmp_path / "others" / f"other{i}")
+
+    def not_yet(*_: object) -> None:
+        pytest.fail("a set was scored before all were looked at")
+
+    monkeypatch.setattr("tools.evaluation.run.read_set", not_yet)
+    named = tuple(f"{name}={tmp_path / name}" for name in ("first", later))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate(EvaluateCommand(models=(spec(three_classes),), sets=named, images=5, out=tmp_path / "out"))
+
+
 # Mean opinion scores
 
 

@@ -22,6 +22,7 @@ from pipeline.corruptions import available_kinds, kind_id
 from pipeline.order import permutation
 from shards import Store
 from tools.evaluation import adaptation, models, sets
+from tools.evaluation.ahead import check_sources
 from tools.evaluation.classes import outputs_of
 from tools.evaluation.command import EvaluateCommand
 from tools.evaluation.findings import Findings, describe, write
@@ -50,6 +51,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     checkpoint.code_version()
     classifiers = load_models(command, state.device)
     sources = list_sources(command, classifiers)
+    check_sources(sources, classifiers, command.images)
     settings = Settings(
         seed=command.seed,
         flavour=command.flavour,
@@ -199,8 +201,6 @@ def chosen(store: Store, command: EvaluateCommand) -> npt.NDArray[np.int64]:
     """Return the samples of a set that take part: all, or a seeded subset, ascending."""
     if command.images is None:
         return np.arange(len(store), dtype=np.int64)
-    if command.images > len(store):
-        raise ValueError(f"--images asks for {command.images}, but {store.path} has {len(store)}")
     subset: npt.NDArray[np.int64] = np.sort(permutation(len(store), command.seed, 0)[: command.images])
     return subset
 

@@ -6,13 +6,21 @@ import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import shards
 from pipeline.corruptions import KINDS
 from pipeline.corruptions.kinds import suggest
 from shards import Store
-from tools.evaluation.folder import SUFFIXES, open_files, open_folder
+from tools.evaluation.folder import SUFFIXES, class_folders, open_files, open_folder
 from tools.runtime.results import C_BAR_KINDS, CLEAN, SEVERITIES, CellName
+
+
+class Outline(NamedTuple):
+    """What is known of a set without reading its images: names of the classes, number of images."""
+
+    classes: list[str]
+    images: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,9 @@ class Source:
 
     name: of the set; unique.
     cells: the cells it gives.
+    path: where it is, for messages.
     open: opens it.
+    look: says what it holds, for less time than `open`.
     on_disk: scored as it is, in one cell.
     resize: False where images must have the model's size already.
     fewer: a set of fewer classes than the model: "refuse" it, "mask" the logits of the others, or "keep" them.
@@ -30,7 +40,9 @@ class Source:
 
     name: str
     cells: list[CellName]
+    path: Path
     open: Callable[[], Store]
+    look: Callable[[], Outline]
     on_disk: bool = False
     resize: bool = True
     fewer: str = "refuse"
@@ -46,10 +58,23 @@ def open_images(path: Path, name: str = "") -> Store:
     return shards.open(path)  # says what is wrong with it
 
 
+def outline(path: Path) -> Outline:
+    """Say what `open_images` would open."""
+    if not (path / "manifest.json").is_file() and path.is_dir() and any(p.is_dir() for p in path.iterdir()):
+        return _outline_of_folder(path)
+    with shards.open(path) as store:
+        return Outline(list(store.classes), len(store))
+
+
+def _outline_of_folder(path: Path) -> Outline:
+    classes = class_folders(path)
+    return Outline(list(classes), sum(map(len, classes.values())))
+
+
 def made_on_the_fly(path: Path, kinds: list[str], fewer: str) -> Source:
     """Clean images, and their corruptions made in the same pass."""
     cells = [(CLEAN, 0), *((kind, severity) for kind in kinds for severity in SEVERITIES)]
-    return Source("on-the-fly", cells, lambda: open_images(path), fewer=fewer)
+    return Source("on-the-fly", cells, path, lambda: open_images(path), lambda: outline(path), fewer=fewer)
 
 
 def plain_set(name: str, path: Path) -> Source:
@@ -62,7 +87,15 @@ def plain_set(name: str, path: Path) -> Source:
         raise ValueError(
             f"--sets: {name!r} cannot be the name of a set, it is a kind of image in the results"
         )
-    return Source(f"sets/{name}", [(name, 0)], lambda: open_images(path, name), on_disk=True, fewer="mask")
+    return Source(
+        f"sets/{name}",
+        [(name, 0)],
+        path,
+        lambda: open_images(path, name),
+        lambda: outline(path),
+        on_disk=True,
+        fewer="mask",
+    )
 
 
 def corruptions_on_disk(root: Path, benchmark: str, side: int, fewer: str) -> list[Source]:
@@ -132,7 +165,16 @@ def _cell(path: Path, cell: CellName, benchmark: str, side: int, fewer: str) -> 
         return open_folder(path, name, side)
 
     _check_first(path, side)
-    return Source(name, [cell], open_cell, on_disk=True, resize=False, fewer=fewer)
+    return Source(
+        name,
+        [cell],
+        path,
+        open_cell,
+        lambda: _outline_of_folder(path),
+        on_disk=True,
+        resize=False,
+        fewer=fewer,
+    )
 
 
 def _check_first(path: Path, side: int) -> None:
@@ -181,4 +223,5 @@ def opinions(path: Path, images: Path) -> Source:
     def open_set() -> Store:
         return open_files(images, files, [0] * len(files), ["unlabelled"], "mos", None)
 
-    return Source("mos", [("mos", 0)], open_set, on_disk=True, labelled=False)
+    known = Outline(["unlabelled"], len(files))
+    return Source("mos", [("mos", 0)], images, open_set, lambda: known, on_disk=True, labelled=False)
