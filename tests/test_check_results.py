@@ -14,6 +14,7 @@ from conftest import ROOT, data_root
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS
 from tools.check_results import CheckCommand, check, pair_flags, text
 from tools.runtime.alexnet import ALEXNET_CLEAN_ERROR, ALEXNET_ERROR
+from tools.runtime.results import C_BAR_KINDS
 
 # Per-cell accuracies of published models (RobustBench) and their mCE with AlexNet's errors to four decimals.
 PUBLISHED = {
@@ -162,6 +163,34 @@ def test_metrics_can_be_chosen(oracle: Path) -> None:
     assert "76.37" in text(found)
     with pytest.raises(ValueError, match="unknown metric 'mec'; did you mean 'mce'"):
         check(CheckCommand(cells=oracle, metrics=("mec",)))
+
+
+def test_every_metric_can_be_read_without_json(tmp_path: Path) -> None:
+    rows = [*cells(dict.fromkeys((*TRAINING_KINDS, *C_BAR_KINDS), 0.5)), ("m", "clean", 0, 0.75)]
+    path = table(tmp_path / "cells.csv", rows)
+
+    def printed(*metrics: str) -> list[str]:
+        return text(check(CheckCommand(cells=path, metrics=metrics)), metrics).splitlines()
+
+    assert printed("families")[0] == "m: families: noise 50.00, blur 50.00, weather 50.00, digital 50.00"
+    assert printed("top1")[0].startswith("m: top1: gaussian_noise 50.00, shot_noise 50.00")
+    assert [line.split() for line in printed("c_bar", "mean_error", "mce_kinds")[:2]] == [
+        ["model", "c_bar", "mean_error", "mce_kinds"],
+        ["m", "50.00", "50.00", "15.00"],
+    ]
+    assert [line.split() for line in printed("clean", "sets")[:3]] == [
+        ["model", "clean"],
+        ["m", "75.00"],
+        ["m:", "sets:", "-"],
+    ]
+
+
+def test_the_band_is_for_whole_benchmarks(tmp_path: Path) -> None:
+    """AlexNet's error on one kind alone says nothing of an average over fifteen."""
+    path = table(tmp_path / "cells.csv", cells({"brightness": 0.5}))
+    found = check(CheckCommand(cells=path, partial=True))["m"]
+    assert found["mce"] / (100 * found["mean_error"]) > 1.5
+    assert (found["flags"], found["mce_over_mean_error"]) == ([], None)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

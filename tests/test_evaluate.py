@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import shards
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS, corrupt, kind_id
-from pipeline.loader import EvaluationLoader
+from pipeline.loader import EvaluationBatch, EvaluationLoader
 from pipeline.normalise import normalise
 from pipeline.plan import evaluation_keys
 from tools.evaluate import EvaluateCommand, evaluate
@@ -315,6 +316,26 @@ def test_adapted_statistics_are_those_of_the_cell(
     adaptation.CellStatistics(mixed, part, 90, 90, settings).put(("contrast", 5))
     trained = plain.net.trunk.bn1.running_mean  # type: ignore[union-attr]
     torch.testing.assert_close(mixed.net.trunk.bn1.running_mean, (layer.running_mean + trained) / 2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(64, [64]), (65, [65]), (100, [64, 36]), (129, [64, 65])])
+def test_adaptation_takes_sound_images_in_batches_of_some_size(images: int, sizes: list[int]) -> None:
+    """No grey stand-in of a damaged image, and no batch of one, enters the statistics."""
+    ids = torch.arange(images + 2)
+    damaged = torch.zeros(images + 2, dtype=torch.bool)
+    damaged[[0, images + 1]] = True
+    pixels = ids.to(torch.uint8)[:, None, None, None].expand(-1, 1, 1, 3)
+
+    cuts = [0, *(1 + 64 * i for i in range(1, images // 64 + 1)), images + 2]
+    made = [
+        EvaluationBatch(images_u8=pixels[a:b], labels=ids[a:b], sample_id=ids[a:b], damaged=damaged[a:b])
+        for a, b in itertools.pairwise(cuts)
+        if a < b
+    ]
+    found = list(adaptation.sound_batches(made, torch.device("cpu")))
+    assert [len(pixels_u8) for pixels_u8, _ in found] == sizes
+    assert torch.equal(torch.cat([i for _, i in found]), ids[1:-1])
+    assert torch.equal(torch.cat([p for p, _ in found]), pixels[1:-1])
 
 
 def test_adaptation_needs_batch_normalisation(picture_shards: Path, tmp_path: Path) -> None:

@@ -386,6 +386,9 @@ def test_a_checkpoint_without_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"has weights but no run\.json"):
         models.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"exported model.* give the run or the checkpoint"):
+        models.from_checkpoint(tmp_path)
 
 
 # Requests

@@ -7,14 +7,14 @@ depend on the seed alone: not on the batch size of the evaluation or the number 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.loader import EvaluationLoader
+from pipeline.loader import EvaluationBatch, EvaluationLoader
 from pipeline.normalise import normalise
 from pipeline.order import permutation
 from tools.evaluation.models import Classifier
@@ -53,15 +53,42 @@ def _layers(net: nn.Module) -> list[_BatchNorm]:
     return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
+def sound_batches(
+    batches: Iterable[EvaluationBatch], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images, uint8 (B, H, W, 3) on the device, and their ids, without the damaged ones.
+
+    A batch of less than half of BATCH joins the one before: statistics of one image may have no variance at all.
+    """
+    held: tuple[Tensor, Tensor] | None = None
+    for batch in batches:
+        sound_B = ~batch.damaged
+        images_u8 = batch.images_u8.to(device)
+        new = images_u8[sound_B.to(images_u8.device)], batch.sample_id[sound_B]
+        if held is None:
+            held = new
+        elif min(len(held[0]), len(new[0])) < BATCH // 2:
+            held = torch.cat([held[0], new[0]]), torch.cat([held[1], new[1]])
+        else:
+            yield held
+            held = new
+    if held is not None and len(held[0]):
+        yield held
+
+
 class CellStatistics:
     """The statistics of every cell of a pass, put into a classifier before it sees the cell.
 
     Args:
         classifier: one of `adapted`; its own statistics are the training's.
         part: images and cells.
-        images: how many images of each cell to adapt on, a seeded choice; all where there are fewer.
+        images: how many images of each cell to adapt on, a seeded choice; all where there are fewer. Damaged ones
+            among them are left out.
         prior: weight of the training statistics, in images.
         settings: see Settings.
+
+    Raises:
+        ValueError: all images that were chosen are damaged.
     """
 
     def __init__(
@@ -73,11 +100,12 @@ class CellStatistics:
         self._current: CellName | None = None
         count = min(images, len(part.sample_N))
         chosen_N = np.sort(part.sample_N[permutation(len(part.sample_N), settings.seed, 1)[:count]])
-        self._share = count / (count + prior)
-        self._take(classifier, part, chosen_N, settings)
+        self._take(classifier, part, chosen_N, prior, settings)
 
     @torch.no_grad()
-    def _take(self, classifier: Classifier, part: Pass, chosen_N: np.ndarray, settings: Settings) -> None:
+    def _take(
+        self, classifier: Classifier, part: Pass, chosen_N: np.ndarray, prior: int, settings: Settings
+    ) -> None:
         config = pipeline_of(classifier.preprocessing, part, settings.threads)
         loader = EvaluationLoader(
             part.store,
@@ -90,15 +118,12 @@ class CellStatistics:
         sums: dict[CellName, list[tuple[Tensor, Tensor]]] = {}
         seen = 0
         try:
-            for batch in loader:
-                images_u8 = batch.images_u8.to(settings.device)
+            for images_u8, sample_B in sound_batches(loader, settings.device):
                 seen += len(images_u8)
                 for cell in part.cells:
                     pixels = images_u8
                     if not part.on_disk:
-                        pixels = cell_pixels(
-                            images_u8, batch.sample_id.numpy(), cell, config.constants, settings
-                        )
+                        pixels = cell_pixels(images_u8, sample_B.numpy(), cell, config.constants, settings)
                     weight = len(images_u8)
                     found = [
                         (weight * m, weight * v)
@@ -109,11 +134,17 @@ class CellStatistics:
                     sums[cell] = found
         finally:
             loader.close()
+        if not seen:
+            raise ValueError(
+                f"--adapt-bn: all {len(chosen_N)} images chosen from {part.store.path} are damaged; mend them, or ask "
+                "for more images"
+            )
+        share = seen / (seen + prior)
         for cell, totals in sums.items():
             self._of[cell] = [
                 (
-                    self._share * mean / seen + (1 - self._share) * trained_mean,
-                    self._share * var / seen + (1 - self._share) * trained_var,
+                    share * mean / seen + (1 - share) * trained_mean,
+                    share * var / seen + (1 - share) * trained_var,
                 )
                 for (mean, var), (trained_mean, trained_var) in zip(totals, self._trained, strict=True)
             ]

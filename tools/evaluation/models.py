@@ -124,13 +124,20 @@ class Classifier:
 
 
 def from_checkpoint(path: Path) -> Classifier:
-    """Open a run's newest checkpoint, a checkpoint folder, or a folder with a `config.json` of tools/export.py.
+    """Open a run's newest checkpoint, or a checkpoint folder.
+
+    A folder of tools/export.py is for use elsewhere: it does not say which corruptions the model was trained on.
 
     Raises:
-        FileNotFoundError: no checkpoint there, or one without its configuration.
+        FileNotFoundError: no checkpoint there, one without its configuration, or an exported folder.
         ValueError: a damaged one.
     """
     if (path / "model.safetensors").is_file() and not (path / checkpoint.RUN_FILE).is_file():
+        if (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} is an exported model, which does not say what it was trained on or how images were resized; "
+                "give the run or the checkpoint it was exported from"
+            )
         raise FileNotFoundError(
             f"{path} has weights but no {checkpoint.RUN_FILE}: without its configuration nobody knows what the "
             "model is or how its images were prepared; copy the whole checkpoint folder"
