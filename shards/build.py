@@ -25,6 +25,7 @@ from shards.manifest import (
     encode_table,
     join_tables,
     read_header,
+    read_table,
     sync_folder,
     write_file,
     write_manifest,
@@ -41,6 +42,7 @@ from shards.write_shard import BadImageError, write_shard
 __all__ = ["BuildOptions", "BuildReport", "build"]
 
 _WHOLE_AGAIN = f"delete {HEADER_NAME} and the file and run the command without --only to build the set again"
+_AFRESH = "To build the set again, delete the folder or give another --out"
 
 
 def _already_built(options: BuildOptions, source: str, classes: list[str]) -> Header | None:
@@ -50,7 +52,10 @@ def _already_built(options: BuildOptions, source: str, classes: list[str]) -> He
     """
     if not (options.out / HEADER_NAME).is_file():
         return None
-    header = read_header(options.out)
+    try:
+        header = read_header(options.out)
+    except ValueError as error:
+        raise ValueError(f"{error}. {_AFRESH}") from None
     found = {"name": header.name, **header.options}
     wanted = {"name": options.name, **options.deciding()}
     differing = [
@@ -76,7 +81,23 @@ def _already_built(options: BuildOptions, source: str, classes: list[str]) -> He
                     else f"write it again with the same command and --only {number}"
                 )
             )
+    try:
+        read_table(options.out, header)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}. {_AFRESH}") from None
     return header
+
+
+def _mend_side_files(out: Path, header: Header) -> bool:
+    """Write those side files of a finished set that are gone or differ; whether there were any."""
+    lost = {
+        name: content
+        for name, content in side_files(header).items()
+        if not (out / name).is_file() or (out / name).read_bytes() != content
+    }
+    for name, content in lost.items():
+        write_file(out / name, content)
+    return bool(lost)
 
 
 def _remove_others(options: BuildOptions, shards: list[ShardFile]) -> None:
@@ -137,7 +158,7 @@ def build(options: BuildOptions, progress: bool = True) -> BuildReport:
             "leave --only out to build or finish the set"
         )
     if header is not None and options.only is None and not work.exists():
-        return report(header, len(tasks), False)
+        return report(header, len(tasks), _mend_side_files(options.out, header))
     try:
         with locked(options.out):
             header = _already_built(options, source, listing.classes)

@@ -24,7 +24,7 @@ from shards.verify_beton import BetonCheck
 from shards.verify_foreign import foreign_tar_faults
 from shards.verify_tar import TarCheck
 
-_COPY_SIDE = "copy it again, or build the set again"
+_COPY_SIDE = "copy it again, or run the build command again, which writes it"
 _WHOLE_FILE = "copy the file again from where it is whole, or build the set again"
 _ROWS = 500  # samples of a .beton that one thread takes at a time
 

@@ -80,6 +80,30 @@ def test_several_lost_shards_are_written_again_one_by_one(source: Path, tmp_path
     assert digests(out) == before
 
 
+def test_side_files_of_a_finished_set_are_written_again(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = digests(out)
+    (out / "_info.json").unlink()
+    (out / "sizes.json").write_text("{}")
+    assert {fault.remedy for fault in verify(out).faults} == {
+        "copy it again, or run the build command again, which writes it"
+    }
+    assert run(source, out).built
+    assert digests(out) == before
+    assert not run(source, out).built
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.table"])
+def test_a_damaged_manifest_is_not_taken_for_a_finished_set(source: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / name).write_bytes((out / name).read_bytes()[:-100])
+    message = rf"{name}: .* again.*To build the set again, delete the folder or give another --out"
+    with pytest.raises(ValueError, match=message):
+        run(source, out)
+
+
 def test_only_what_the_builder_named_is_removed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extra = source / "c0" / "z.jpg"
