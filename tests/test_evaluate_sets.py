@@ -235,6 +235,10 @@ def test_real_severities_are_put_in_order(tmp_path: Path) -> None:
     found = sets.corruptions_on_disk(tmp_path, "imagenet-c-bar", SIDE, "refuse")
     assert [s.cells[0] for s in found] == [("perlin_noise", i) for i in range(1, 6)]
     assert [s.open().path.name for s in found] == ["1.0", "2.5", "5.0", "7.5", "10.0"]
+    for strength in ("1", "2", "12"):  # 12 is a strength too, not the severities 1 and 2
+        write_cell(tmp_path / "whole" / "sparkles" / strength)
+    whole = sets.corruptions_on_disk(tmp_path / "whole", "imagenet-c-bar", SIDE, "refuse")
+    assert [(s.cells[0][1], s.path.name) for s in whole] == [(1, "1"), (2, "2"), (3, "12")]
 
 
 def test_one_cell_is_not_scored_twice(on_disk: Path, picture_shards: Path, tmp_path: Path) -> None:
