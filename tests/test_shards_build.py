@@ -211,6 +211,14 @@ def test_side_files_list_the_shards(source: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_names_are_utf8_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_tree(tmp_path / "source", {"é/ü.jpg": encoded()})
+    run(source, tmp_path / "utf8")
+    monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
+    run(source, tmp_path / "latin1")
+    assert digests(tmp_path / "latin1") == digests(tmp_path / "utf8")
+
+
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     report = run(source, tmp_path / "out", dry_run=True)
     assert (report.built, report.samples, report.shards, report.classes) == (False, 12, 4, 3)
