@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -79,9 +80,11 @@ def _written(tasks: list[Task], missing: list[int], workers: int) -> Generator[t
     context.set_forkserver_preload(["shards.write_shard", *tasks[0].target.imports])
     failures: dict[int, BaseException] = {}
     lock = tasks[0].work / WORKERS_LOCK
+    others = multiprocessing.active_children()
     pool: Executor = ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (lock,))
     try:
         futures: dict[Future[Part], int] = {pool.submit(write_shard, tasks[n]): n for n in missing}
+        processes = [child for child in multiprocessing.active_children() if child not in others]
         for future in as_completed(futures):
             if future.cancelled():
                 continue
@@ -90,6 +93,10 @@ def _written(tasks: list[Task], missing: list[int], workers: int) -> Generator[t
                 yield futures[future], future.result()
                 continue
             failures[futures[future]] = error
+            if isinstance(error, BrokenProcessPool):
+                # The pool asks the others to end and waits for them; one that was only just started can miss that.
+                for process in processes:
+                    process.kill()
             # Earlier shards were started earlier and go on, so the first fault is found on every run.
             for other in futures:
                 other.cancel()
