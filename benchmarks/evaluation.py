@@ -34,7 +34,7 @@ from benchmarks.reference import reference
 from pipeline.corruptions import available_kinds
 from pipeline.normalise import normalise
 from tools.evaluation.folder import open_folder
-from tools.evaluation.models import Classifier, Preprocessing
+from tools.evaluation.models import Classifier, Preprocessing, from_name
 from tools.evaluation.passes import Pass, Scorer, Settings
 from tools.runtime.device import loader_device_id
 from tools.runtime.optim import autocast_dtype
@@ -50,22 +50,23 @@ class EvaluationBenchmark(BaseModel):
     """Folder of class folders with photographs."""
 
     model: str = "resnet50"
-    """torchvision's model; its weights do not matter for speed."""
+    """torchvision's model, with random weights, which do not matter for speed; or package.module:function, as
+    tools/evaluate.py takes it."""
 
     images: int = Field(64, ge=1)
     """Images that ours and the forward passes take."""
 
-    reference_images: int = Field(4, ge=1)
-    """Images that the decode-per-cell way takes, which is slow."""
-
-    batch: int = Field(32, ge=1)
-    """Images per forward pass."""
+    batch: int = Field(16, ge=1)
+    """Images per forward pass, in all three ways; the decode-per-cell way, which is slow, takes one batch of them."""
 
     repeats: int = Field(3, ge=1)
     """Measurements of each way, in turn."""
 
     precision: str = "fp32"
     """fp32, bf16 or fp16."""
+
+    compile: bool = False
+    """Compile the model, in all three ways, as tools/evaluate.py --compile does."""
 
     threads: int = Field(2, ge=1)
     """DALI threads."""
@@ -116,7 +117,7 @@ def per_cell(
     their: Any,
 ) -> float:
     """Seconds per image and cell of decoding again for every cell and corrupting with imagecorruptions."""
-    files = sorted(command.data.glob("*/*.*"))[: command.reference_images]
+    files = sorted(command.data.glob("*/*.*"))[: command.batch]
     shown = torchvision.transforms.Compose(
         [torchvision.transforms.Resize(256), torchvision.transforms.CenterCrop(224)]
     )
@@ -143,6 +144,18 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def build(spec: str, device: torch.device) -> Classifier:
+    """Return the model asked for, shown what all three ways make of an image."""
+    if ":" in spec:
+        classifier = from_name(spec)
+        classifier.preprocessing = SHOWN
+    else:
+        net: nn.Module = torchvision.models.get_model(spec)
+        classifier = Classifier(spec, net, SHOWN, [str(i) for i in range(1000)], {})
+    classifier.net.to(memory_format=torch.channels_last).to(device)
+    return classifier
+
+
 def main() -> None:
     """Run the benchmark and print its table."""
     command = tyro.cli(EvaluationBenchmark, description=EvaluationBenchmark.__doc__)
@@ -150,10 +163,9 @@ def main() -> None:
     if their is None:
         sys.exit("imagecorruptions is not installed: pip install --no-deps imagecorruptions==1.1.2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net: nn.Module = (
-        torchvision.models.get_model(command.model).to(memory_format=torch.channels_last).to(device)
-    )
-    classifier = Classifier(command.model, net, SHOWN, [str(i) for i in range(1000)], {})
+    classifier = build(command.model, device)
+    if command.compile:
+        classifier.compile()
     settings = Settings(
         0, "bethge", False, autocast_dtype(command.precision), command.batch, command.threads, "replace", device,
         loader_device_id(device),

@@ -267,6 +267,32 @@ def test_models_scored_together_get_their_own_numbers(
     assert found["three_classes"][1].agreement is None  # it has no codes
 
 
+@pytest.mark.slow
+def test_compiled_models_say_the_same(run_folder: Path, picture_shards: Path, tmp_path: Path) -> None:
+    """The codebook and a baseline of which a hook keeps the feature; the last batch is a smaller one."""
+    plain = EvaluateCommand(
+        checkpoint=(run_folder,),
+        models=("test_evaluate_sets:three_classes",),
+        data=picture_shards,
+        kinds=("fog",),
+        batch=64,
+        out=tmp_path / "plain",
+    )
+    evaluate(plain)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    report = evaluate(plain.model_copy(update={"compile": True, "out": tmp_path / "compiled"}))
+    assert report["compiled"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # compiled indeed
+    want = read_csv(tmp_path / "plain" / "cells.csv")
+    for name, cells_found in read_csv(tmp_path / "compiled" / "cells.csv").items():
+        for found, cell in zip(cells_found, want[name], strict=True):
+            assert found.name == cell.name
+            assert found.top1 == pytest.approx(cell.top1, abs=0.03)  # 90 images: two of them by rounding
+            for value in ("nll", "agreement", "drift_before"):
+                assert getattr(found, value) == pytest.approx(getattr(cell, value), abs=2e-3)
+
+
 def test_jpeg_after_the_corruption_changes_corrupted_images_alone(
     run_folder: Path, picture_shards: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +395,11 @@ def test_wrong_requests_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluateCommand(checkpoint=(run_folder,), data=picture_shards, **wrong))  # type: ignore[arg-type]
+
+
+def test_compiled_models_are_not_adapted(picture_shards: Path) -> None:
+    with pytest.raises(ValueError, match="--compile freezes them"):
+        EvaluateCommand(checkpoint=(Path("run"),), data=picture_shards, adapt_bn=8, compile=True)
 
 
 def test_a_missing_checkpoint_is_said(tmp_path: Path, picture_shards: Path) -> None:

@@ -105,6 +105,13 @@ class Classifier:
     def _keep(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._feature[:] = [inputs[0]]
 
+    def compile(self) -> None:
+        """Have the network compiled at the first batch, with batch normalisation folded into frozen weights.
+
+        They are not to change from then on. Images are to come in batches of few sizes: each is compiled for.
+        """
+        self.net.compile(dynamic=False, options={"freezing": True})
+
     @property
     def codes(self) -> int:
         """Size of the codebook; 0 without one."""

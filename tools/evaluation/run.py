@@ -113,6 +113,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "flavour": command.flavour,
         "jpeg85": command.jpeg85,
         "precision": command.precision,
+        "compiled": command.compile,
         "images": max((cell.images for f in findings.values() for cell in f.cells), default=0),
         "environment": {**environment(), "device": state.device.type, "processes": state.num_processes},
         "rate_img_s": rate_img_s,
@@ -149,6 +150,8 @@ def load_models(command: EvaluateCommand, device: torch.device) -> list[Classifi
     for classifier in classifiers:
         classifier.net.to(memory_format=torch.channels_last).to(device).eval()
         models.check_outputs(classifier, device)
+        if command.compile:
+            classifier.compile()
     return classifiers
 
 
