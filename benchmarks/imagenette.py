@@ -59,6 +59,12 @@ class Ladder(BaseModel):
     form: Literal["cpu", "gpu"] = "cpu"
     """cpu: ResNet-18, one seed, 3 epochs, 500 images. gpu: also ResNet-50, 3 seeds, 20 epochs, all images."""
 
+    trunks: tuple[str, ...] = ()
+    """Other trunks than the form's."""
+
+    seeds: int | None = Field(None, ge=1)
+    """Another number of seeds than the form's."""
+
     epochs: float | None = Field(None, gt=0)
     """Another length than the form's."""
 
@@ -122,6 +128,8 @@ def main() -> None:
     """Run the ladder and print the table."""
     command = tyro.cli(Ladder, description=Ladder.__doc__)
     form = FORMS[command.form]
+    chosen = {"trunks": command.trunks, "seeds": command.seeds}
+    form = form.model_copy(update={name: value for name, value in chosen.items() if value})
     rows: dict[str, dict[str, list[float]]] = {}
     for trunk in form.trunks:
         for rung in RUNGS:
