@@ -33,26 +33,27 @@ VQSA_HD Tile tile_at(const Sample& s, const TileShape& shape, int tile) {
 }
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
-// Transposes an 8 x 8 matrix with vector shuffles, which the compiler does not find by itself.
-VQSA_HD void transpose_8x8(const int32_t* VQSA_RESTRICT from, int32_t* VQSA_RESTRICT to) {
+// Transposes an 8 x 8 matrix, rows `stride` apart, with vector shuffles, which the compiler does not
+// find by itself.
+VQSA_HD void transpose_8x8(const int32_t* VQSA_RESTRICT from, int32_t* VQSA_RESTRICT to, int stride) {
   typedef int32_t Row __attribute__((vector_size(32), aligned(4), may_alias));
   typedef int32_t Mask __attribute__((vector_size(32)));
-  const Row* in = reinterpret_cast<const Row*>(from);
-  Row* out = reinterpret_cast<Row*>(to);
+  const auto in = [=](int i) { return Mask(*reinterpret_cast<const Row*>(from + i * stride)); };
+  const auto out = [=](int i) -> Row& { return *reinterpret_cast<Row*>(to + i * stride); };
   const Mask low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
   // Interleaving rows i and i + 4 three times moves every element to its place.
   Mask a[8], b[8];
   for (int i = 0; i < 4; ++i) {
-    a[2 * i] = __builtin_shuffle(Mask(in[i]), Mask(in[i + 4]), low);
-    a[2 * i + 1] = __builtin_shuffle(Mask(in[i]), Mask(in[i + 4]), high);
+    a[2 * i] = __builtin_shuffle(in(i), in(i + 4), low);
+    a[2 * i + 1] = __builtin_shuffle(in(i), in(i + 4), high);
   }
   for (int i = 0; i < 4; ++i) {
     b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low);
     b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high);
   }
   for (int i = 0; i < 4; ++i) {
-    out[2 * i] = __builtin_shuffle(b[i], b[i + 4], low);
-    out[2 * i + 1] = __builtin_shuffle(b[i], b[i + 4], high);
+    out(2 * i) = __builtin_shuffle(b[i], b[i + 4], low);
+    out(2 * i + 1) = __builtin_shuffle(b[i], b[i + 4], high);
   }
 }
 #endif
@@ -77,12 +78,31 @@ struct HostBlock {
       for (int x = 0; x < width; ++x) f(y, x);
     }
   }
-  // Transposes 8 x 8 matrices that follow each other.
-  VQSA_HD void transpose(int count, const int32_t* from, int32_t* to) const {
+  // rows() of `eights` times eight columns: f(y, x / 8, x % 8).
+  template <class F>
+  VQSA_HD void eights(int height, int eights, F f) const {
+    for (int y = 0; y < height; ++y) {
+      for (int e = 0; e < eights; ++e) {
+#pragma GCC ivdep
+#pragma GCC unroll 1
+        for (int i = 0; i < 8; ++i) f(y, e, i);
+      }
+    }
+  }
+  // Transposes the 8 x 8 matrices that tile `bands` times 8 rows, `stride` apart, of `blocks` times 8
+  // values, each in its place.
+  VQSA_HD void transpose(int bands, int blocks, int stride, const int32_t* from, int32_t* to) const {
 #if defined(__GNUC__) && !defined(__CUDACC__)
-    for (int i = 0; i < count; ++i) transpose_8x8(from + 64 * i, to + 64 * i);
+    for (int band = 0; band < bands; ++band) {
+      for (int i = 0; i < blocks; ++i) {
+        const int at = 8 * band * stride + 8 * i;
+        transpose_8x8(from + at, to + at, stride);
+      }
+    }
 #else
-    rows(count, 64, [=](int m, int i) { to[64 * m + i] = from[64 * m + (i & 7) * 8 + (i >> 3)]; });
+    eights(8 * bands, blocks, [=](int y, int block, int i) {
+      to[y * stride + 8 * block + i] = from[(y - y % 8 + i) * stride + 8 * block + y % 8];
+    });
 #endif
   }
   // Adds f over the range to *total: exact for integers, in any order.
@@ -179,8 +199,14 @@ struct DeviceBlock {
     }
     __syncthreads();
   }
-  __device__ __forceinline__ void transpose(int count, const int32_t* from, int32_t* to) const {
-    rows(count, 64, [=](int m, int i) { to[64 * m + i] = from[64 * m + (i & 7) * 8 + (i >> 3)]; });
+  template <class F>
+  __device__ __forceinline__ void eights(int height, int eights, F f) const {
+    rows(height, 8 * eights, [=](int y, int x) { f(y, x >> 3, x & 7); });
+  }
+  __device__ __forceinline__ void transpose(int bands, int blocks, int stride, const int32_t* from, int32_t* to) const {
+    rows(8 * bands, 8 * blocks, [=](int y, int x) {
+      to[y * stride + x] = from[((y & ~7) + (x & 7)) * stride + (x & ~7) + (y & 7)];
+    });
   }
   template <class F>
   __device__ __forceinline__ void sum(int height, int width, uint32_t* total, F f) const {

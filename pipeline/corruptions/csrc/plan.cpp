@@ -217,7 +217,8 @@ int64_t scratch_bytes(int kind, int, int, int, int height, int width) {
                   std::max<int64_t>(4 * width, generic::kElasticTaps) + 3 * pixels);
     case kJpegCompression:
     case kJpegQuality:
-      return int64_t{(height + 15) / 16 * 16} * ((width + 15) / 16 * 16) * 3 / 2;
+      // Each chroma row has a value more at either end.
+      return int64_t{(height + 15) / 16 * 16} * ((width + 15) / 16 * 16) * 3 / 2 + 2 * ((height + 15) / 16 * 16);
     default:
       return 0;
   }

@@ -92,9 +92,9 @@ struct JpegPlanes {
   uint8_t *luma, *blue, *red;
   VQSA_HD explicit JpegPlanes(const Sample& s)
       : luma_stride(16 * ceil_div(s.width, 16)),
-        chroma_stride(luma_stride / 2),
+        chroma_stride(luma_stride / 2 + 2),
         luma(s.work + kAccWords * 4),
-        blue(luma + static_cast<size_t>(luma_stride) * 16 * ceil_div(s.height, 16)),
+        blue(luma + static_cast<size_t>(luma_stride) * 16 * ceil_div(s.height, 16) + 1),
         red(blue + static_cast<size_t>(chroma_stride) * 8 * ceil_div(s.height, 16)) {}
 };
 
@@ -102,15 +102,19 @@ VQSA_HD int jpeg_quality(const Sample& s, const Tables* t) {
   return s.kind == kJpegQuality ? s.severity : static_cast<int>(constants_of(s, t).v[0]);
 }
 
-// Encodes and decodes the blocks of a row of 16 x 16 pixel units.
+// Encodes and decodes the blocks of a row of 16 x 16 pixel units. Three bands of 8 rows stand above
+// each other: the two halves of luma, then blue on the left and red on the right. So every column
+// of a band is a column of a block, and neighbours are neighbours in memory.
 struct JpegBlocks {
-  static VQSA_HD int units_per_tile(const TileShape& shape) { return ceil_div(shape.width, 16) < 4 ? 4 : ceil_div(shape.width, 16); }
+  // At most what a CPU's first-level cache holds.
+  static VQSA_HD int units_per_tile(const TileShape& shape) { return clamp(ceil_div(shape.width, 16), 4, 8); }
   static VQSA_HD int tiles(const Sample& s, const TileShape& shape) {
     return ceil_div(ceil_div(s.width, 16), units_per_tile(shape)) * ceil_div(s.height, 16);
   }
   static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) {
-    // 6 blocks of 64 words twice (for transposing), and three full-size planes of bytes per unit.
-    return static_cast<size_t>(units_per_tile(shape)) * (2 * 6 * 64 * 4 + 3 * 256);
+    // The bands twice (for transposing), one word more per row; chroma at full size as bytes.
+    const size_t span = 16 * static_cast<size_t>(units_per_tile(shape));
+    return 2 * 24 * 4 * (span + 1) + 2 * 16 * span;
   }
 
   template <class B>
@@ -119,70 +123,71 @@ struct JpegBlocks {
     const int across = ceil_div(width, 16), per_tile = units_per_tile(b.shape), tiles_across = ceil_div(across, per_tile);
     const int x0 = tile % tiles_across * per_tile * 16, y0 = tile / tiles_across * 16;
     const int units = least(per_tile, across - x0 / 16);
-    const int span = 16 * units, blocks = 6 * units;
+    const int span = 16 * units, half = span / 2, blocks = 2 * units;
+    const int stride = B::kSequential ? span : span + 1;  // a GPU finds a column in different banks
     int32_t* VQSA_RESTRICT one = reinterpret_cast<int32_t*>(b.shared);
-    int32_t* VQSA_RESTRICT two = one + blocks * 64;
-    uint8_t* VQSA_RESTRICT luma = reinterpret_cast<uint8_t*>(two + blocks * 64);
-    uint8_t* VQSA_RESTRICT blue = luma + 16 * span;
+    int32_t* VQSA_RESTRICT two = one + 24 * stride;
+    uint8_t* VQSA_RESTRICT blue = reinterpret_cast<uint8_t*>(two + 24 * stride);
     uint8_t* VQSA_RESTRICT red = blue + 16 * span;
     const uint8_t* VQSA_RESTRICT in = s.in;
-    const QuantTable& quant = b.tables->quant[jpeg_quality(s, b.tables)];
+    const QuantTable* quant = &b.tables->quant[jpeg_quality(s, b.tables)];
     const JpegPlanes planes(s);
 
     // Colour conversion; the last row and column are repeated to fill the unit.
     const int inside = least(span, width - x0);
     b.rows(16, inside, [=](int y, int x) {
       const uint8_t* p = in + 3 * (static_cast<size_t>(least(y0 + y, height - 1)) * width + x0 + x);
-      luma[y * span + x] = static_cast<uint8_t>(luma_of(p[0], p[1], p[2]));
-      blue[y * span + x] = static_cast<uint8_t>(blue_of(p[0], p[1], p[2]));
-      red[y * span + x] = static_cast<uint8_t>(red_of(p[0], p[1], p[2]));
+      // Read before the stores, which for all the compiler knows might change them.
+      const int r = p[0], g = p[1], bl = p[2];
+      two[y * stride + x] = luma_of(r, g, bl) - 128;
+      blue[y * span + x] = static_cast<uint8_t>(blue_of(r, g, bl));
+      red[y * span + x] = static_cast<uint8_t>(red_of(r, g, bl));
     });
     b.rows(16, span - inside, [=](int y, int x) {
-      luma[y * span + inside + x] = luma[y * span + inside - 1];
+      two[y * stride + inside + x] = two[y * stride + inside - 1];
       blue[y * span + inside + x] = blue[y * span + inside - 1];
       red[y * span + inside + x] = red[y * span + inside - 1];
-    });
-
-    // Blocks 0 .. 4u-1 are luma, in two rows of 2u; then u of each chroma. Row y of block b is at
-    // b * 64 + y * 8.
-    const int luma_blocks = 4 * units;
-    b.rows(16 * 2 * units, 8, [=](int i, int x) {
-      const int y = i / (2 * units), column = i % (2 * units);
-      two[((y >> 3) * 2 * units + column) * 64 + (y & 7) * 8 + x] = luma[y * span + 8 * column + x] - 128;
     });
     // Chroma is averaged over 2 x 2; the rounding bias alternates 1, 2 along a row. Below the image
     // the last chroma row is repeated, not the last pixel row.
     const int last = (height + 1) / 2 - 1 - y0 / 2;
-    b.rows(8 * 2 * units, 8, [=](int i, int x) {
-      const int y = i / (2 * units), block = i % (2 * units);
-      const uint8_t* p = (block < units ? blue : red) + 2 * least(y, last) * span + 16 * (block % units) + 2 * x;
-      two[(luma_blocks + block) * 64 + y * 8 + x] = ((p[0] + p[1] + p[span] + p[span + 1] + 1 + (x & 1)) >> 2) - 128;
+    b.rows(8, half, [=](int y, int x) {
+      const int at = 2 * least(y, last) * span + 2 * x;
+      const uint8_t *p = blue + at, *q = red + at;
+      int32_t* to = two + (16 + y) * stride + x;
+      to[0] = ((p[0] + p[1] + p[span] + p[span + 1] + 1 + (x & 1)) >> 2) - 128;
+      to[half] = ((q[0] + q[1] + q[span] + q[span + 1] + 1 + (x & 1)) >> 2) - 128;
     });
-    b.transpose(blocks, two, one);
-    b.rows(blocks, 8, [=](int block, int lane) { forward_dct<true>(one + block * 64 + lane, 8); });
-    b.transpose(blocks, one, two);
-    b.rows(blocks, 8, [=](int block, int lane) { forward_dct<false>(two + block * 64 + lane, 8); });
-    const int32_t* luma_step = quant.step[0];
-    const int32_t* chroma_step = quant.step[1];
-    b.rows(blocks, 64, [=](int block, int i) {
-      two[block * 64 + i] = quantise_dequantise(two[block * 64 + i], block < luma_blocks ? luma_step[i] : chroma_step[i]);
-    });
-    b.rows(blocks, 8, [=](int block, int lane) { inverse_dct<true>(two + block * 64 + lane, 8); });
-    b.transpose(blocks, two, one);
-    b.rows(blocks, 8, [=](int block, int lane) { inverse_dct<false>(one + block * 64 + lane, 8); });
 
-    b.transpose(blocks, one, two);
-
-    b.rows(16 * 2 * units, 8, [=](int i, int x) {
-      const int y = i / (2 * units), column = i % (2 * units);
-      planes.luma[static_cast<size_t>(y0 + y) * planes.luma_stride + x0 + 8 * column + x] = static_cast<uint8_t>(
-          clamp(two[((y >> 3) * 2 * units + column) * 64 + (y & 7) * 8 + x] + 128, 0, 255));
+    b.transpose(3, blocks, stride, two, one);
+    b.rows(3, span, [=](int band, int x) { forward_dct<true>(one + 8 * band * stride + x, stride); });
+    b.transpose(3, blocks, stride, one, two);
+    b.rows(3, span, [=](int band, int x) { forward_dct<false>(two + 8 * band * stride + x, stride); });
+    b.eights(24, blocks, [=](int y, int block, int i) {
+      int32_t* p = two + y * stride + 8 * block + i;
+      *p = quantise_dequantise(*p, quant->step[y >> 4][8 * (y & 7) + i]);
     });
-    b.rows(8 * 2 * units, 8, [=](int i, int x) {
-      const int y = i / (2 * units), block = i % (2 * units);
-      uint8_t* plane = block < units ? planes.blue : planes.red;
-      plane[static_cast<size_t>(y0 / 2 + y) * planes.chroma_stride + x0 / 2 + 8 * (block % units) + x] =
-          static_cast<uint8_t>(clamp(two[(luma_blocks + block) * 64 + y * 8 + x] + 128, 0, 255));
+    b.rows(3, span, [=](int band, int x) { inverse_dct<true>(two + 8 * band * stride + x, stride); });
+    b.transpose(3, blocks, stride, two, one);
+    b.rows(3, span, [=](int band, int x) { inverse_dct<false>(one + 8 * band * stride + x, stride); });
+    b.transpose(3, blocks, stride, one, two);
+
+    b.rows(16, span, [=](int y, int x) {
+      planes.luma[static_cast<size_t>(y0 + y) * planes.luma_stride + x0 + x] =
+          static_cast<uint8_t>(clamp(two[y * stride + x] + 128, 0, 255));
+    });
+    // The chroma planes have a column more on each side, which repeats the image's first or last.
+    b.rows(8, half, [=](int y, int x) {
+      const size_t at = static_cast<size_t>(y0 / 2 + y) * planes.chroma_stride + x0 / 2 + x;
+      const int32_t* from = two + (16 + y) * stride + x;
+      planes.blue[at] = static_cast<uint8_t>(clamp(from[0] + 128, 0, 255));
+      planes.red[at] = static_cast<uint8_t>(clamp(from[half] + 128, 0, 255));
+    });
+    b.rows(8, 2, [=](int y, int plane) {
+      uint8_t* row = (plane == 0 ? planes.blue : planes.red) + static_cast<size_t>(y0 / 2 + y) * planes.chroma_stride;
+      const int end = (width + 1) / 2;
+      if (x0 == 0) row[-1] = row[0];
+      if (x0 + span >= width) row[end] = row[end - 1];
     });
   }
 };
@@ -198,7 +203,7 @@ struct JpegColours : TileGrid {
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const Tile t = tile_at(s, b.shape, tile);  // tile columns start at even pixels
-    const int chroma_height = (s.height + 1) / 2, chroma_width = (s.width + 1) / 2;
+    const int chroma_height = (s.height + 1) / 2;
     const int half = (t.width + 1) / 2, span = half + 2, full = 2 * half;
     const JpegPlanes planes(s);
     uint16_t* VQSA_RESTRICT sums[2] = {reinterpret_cast<uint16_t*>(b.shared),
@@ -213,11 +218,10 @@ struct JpegColours : TileGrid {
       b.rows(t.height, span, [=](int y, int j) {
         const int row = t.y + y, near = row >> 1;
         const int far = clamp((row & 1) != 0 ? near + 1 : near - 1, 0, chroma_height - 1);
-        const int x = clamp(x0 + j, 0, chroma_width - 1);
-        sum[y * span + j] = static_cast<uint16_t>(3 * plane[static_cast<size_t>(near) * stride + x] +
-                                                  plane[static_cast<size_t>(far) * stride + x]);
+        const uint8_t* p = plane + x0 + j;
+        sum[y * span + j] = static_cast<uint16_t>(3 * p[static_cast<ptrdiff_t>(near) * stride] +
+                                                  p[static_cast<ptrdiff_t>(far) * stride]);
       });
-      // At the image's first and last column the missing neighbour is the sample itself.
       b.rows(t.height, half, [=](int y, int j) {
         const uint16_t* p = sum + y * span + j + 1;
         wide[y * full + 2 * j] = static_cast<uint8_t>((3 * p[0] + p[-1] + 8) >> 4);
