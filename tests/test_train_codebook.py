@@ -20,6 +20,7 @@ from pipeline.config import PipelineConfig
 from pipeline.loader import TrainingLoader
 from tools.runtime import checkpoint
 from tools.runtime.codebook import codebook_metrics, start_codebook
+from tools.runtime.codes import CodeUsage
 from tools.runtime.metrics import read_metrics
 
 BATCH = 8
@@ -101,6 +102,24 @@ def test_metrics_are_of_the_interval() -> None:
     again = codebook_metrics(Accelerator(), net)
     assert (again["codes_dead"], again["codes_revived"], again["sqdist_max"]) == (5, 0, 0)
     assert codebook_metrics(Accelerator(), _net(quantise="none", attention=False)) == {}
+
+
+def test_an_intervals_counts_go_on() -> None:
+    """As after a resume inside a logging interval."""
+    settings = {"codes": 5, "init": "normal", "revive_after": 1}
+    nets = [_net(**settings), _net(**settings)]
+    book = nets[0].codebook
+    assert book is not None
+    found = book(torch.randn(4, 512))
+    book.update(torch.randn(4, 512), found.index_N)
+    accelerator = Accelerator()
+    state = CodeUsage(accelerator, nets[0]).state_dict()
+    CodeUsage(accelerator, nets[1]).load_state_dict(state)
+    records = [codebook_metrics(accelerator, net) for net in nets]
+    assert records[0] == records[1]
+    assert records[0]["codes_revived"] > 0
+    del state["revived"]  # a checkpoint from before it was saved
+    CodeUsage(accelerator, nets[1]).load_state_dict(state)
 
 
 @pytest.mark.slow

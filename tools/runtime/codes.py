@@ -17,6 +17,7 @@ class CodeUsage:
         self._accelerator = accelerator
         book: Any = accelerator.unwrap_model(net).codebook
         self._usage = None if book is None else book.usage
+        self._upkeep = None if book is None else book.upkeep
 
     def total(self) -> Tensor | None:
         """Return the counts of each code over all processes, int64 (K,), or None without a codebook.
@@ -34,14 +35,17 @@ class CodeUsage:
             "usage_K": reduce(usage.usage_K, "sum").cpu(),
             "moments_3": reduce(usage.moments_3, "sum").cpu(),
             "farthest": self._accelerator.gather(usage.farthest).max().view(1).cpu(),
+            "revived": 0 if self._upkeep is None else self._upkeep.revived,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue: the first process takes the counts of all."""
+        """Continue: the first process takes the counts of all. Revived codes are the same ones on every process."""
         if self._usage is None:
             return
+        if self._upkeep is not None:
+            self._upkeep.revived = state.get("revived", 0)
         self._usage.reset()
         if self._accelerator.is_main_process:
-            for name, value in state.items():
-                getattr(self._usage, name).copy_(value)
+            for name in ("usage_K", "moments_3", "farthest"):
+                getattr(self._usage, name).copy_(state[name])
