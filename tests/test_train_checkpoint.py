@@ -18,6 +18,7 @@ from tools.runtime import checkpoint
 from tools.runtime.config import differences, parse_command, validated
 from tools.runtime.ema import Ema
 from tools.runtime.metrics import read_metrics
+from tools.runtime.resume import disagreement
 from tools.runtime.state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,38 @@ def test_a_new_best_that_is_not_written_does_not_cost_the_old(
     assert checkpoint.read(tmp_path / "best").step == 2
 
 
+@pytest.mark.parametrize("killed_at", ["second rename", "deletion"])
+def test_one_that_takes_anothers_place_leaves_one_of_them_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    """A kill between any two of its steps: simulated by what stands there then."""
+    write(tmp_path, 3)
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def killed(path: Path, target: Path) -> Path:
+        if killed_at == "second rename" and path.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def kept(path: Path, **named: Any) -> None:
+        if path.suffix == ".replaced" and path.exists() and killed_at == "deletion":
+            raise KeyboardInterrupt
+        rmtree(path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(shutil, "rmtree", kept)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 3)
+    found = checkpoint.newest_sound(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    writer(tmp_path)
+    assert steps(tmp_path) == [3]
+    write(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
 def test_what_a_killed_run_left_unfinished_goes(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / "step_000006.tmp").mkdir()
@@ -152,6 +185,24 @@ def test_a_disk_that_fails_costs_the_checkpoint_only(
     assert "checkpoint of step 6 not written" in caplog.text
     assert "MiB free in" in caplog.text
     assert "No space left" in caplog.text
+
+
+def test_settling_waits_and_says_whether_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    behind = writer(tmp_path, background=True, keep=1)
+    behind.save(FILES, 3, best=0, last=False)
+    assert behind.settled(3)
+    assert checkpoint.read(tmp_path / "best").step == 3
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert behind.save(FILES, 6, best=3, last=False), "in the background"
+    assert not behind.settled(6)
+    assert checkpoint.read(tmp_path / "best").step == 3
+    behind.finish()
 
 
 def test_an_error_of_ours_is_not_taken_for_a_full_disk(
@@ -279,6 +330,18 @@ def test_the_best_checkpoint_is_kept_and_a_run_without_progress_stops(
     assert checkpoint.read(tmp_path / "checkpoints" / "best").step == 3
     assert run(picture_shards, tmp_path, *more, *still, "--resume", "auto") == 0
     assert "done: 9 steps (early" in capsys.readouterr().out
+
+
+def test_processes_must_find_the_same_checkpoint() -> None:
+    eight, twelve = (8, "aa", "r/step_000008"), (12, "bb", "r/step_000012")
+    out = Path("r")
+    assert disagreement([None, None], out) == ""
+    assert disagreement([eight, (8, "aa", "/mnt/r/step_000008")], out) == ""
+    assert disagreement([twelve, twelve, eight, None, None], out).startswith(
+        "the processes found different checkpoints to go on from: ranks 0, 1: step 12 (r/step_000012, checksum bb); "
+        "rank 2: step 8 (r/step_000008, checksum aa); ranks 3, 4: no checkpoint. --out (r) must be one folder"
+    )
+    assert "rank 1: step 8 (r/x, checksum cc)" in disagreement([eight, (8, "cc", "r/x")], out)
 
 
 def test_settings_that_came_later_had_their_default() -> None:

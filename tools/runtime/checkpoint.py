@@ -4,7 +4,8 @@ A checkpoint is a folder `step_001200/` with model.safetensors (the weights to u
 keeps an average, and then trained.safetensors has the others), training.pt (what else the next step depends on, see
 state.py) and run.json: step, resolved configuration, code version, sizes and checksums of the files. It is written
 under a temporary name, flushed to disk and renamed; run.json is written last, so a folder whose files do not match
-it is damaged.
+it is damaged. One that takes the place of another of the same step moves that aside first (`.replaced`), so that at
+every moment one of the two stands there whole; `complete` finds either.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ MODEL_FILE = "model.safetensors"
 TRAINED_FILE = "trained.safetensors"
 TRAINING_FILE = "training.pt"
 BEST_LINK = "best"
+_REPLACED = ".replaced"
 # torch.save reports a full disk as a plain RuntimeError of its zip writer.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
@@ -50,6 +52,8 @@ class Checkpoint:
     config: dict[str, Any]
     classes: list[str]
     commit: str
+    checksum: str
+    """xxh3-64 of run.json, which has the checksums of the other files."""
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the model to use, on the CPU; loading executes nothing."""
@@ -104,6 +108,7 @@ def write(folder: Path, files: Files, *, step: int, config: BaseModel, classes: 
     """
     final = folder / f"step_{step:06d}"
     partial = folder / f"step_{step:06d}.tmp"
+    replaced = folder / f"step_{step:06d}{_REPLACED}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -126,9 +131,11 @@ def write(folder: Path, files: Files, *, step: int, config: BaseModel, classes: 
         _sync(partial / RUN_FILE)
         _sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         _sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -161,10 +168,14 @@ class Writer:
         self._config, self._classes, self._keep = config, classes, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vqsa-checkpoint") if background else None
         self._pending: Future[bool] | None = None
+        self._written = True  # whether the newest checkpoint was; only the first process knows
         self.background = background
         if accelerator.is_main_process and folder.is_dir():
             for left in folder.glob("step_*.tmp"):  # of a run that was killed while it wrote
                 shutil.rmtree(left, ignore_errors=True)
+            for left in folder.glob(f"step_*{_REPLACED}"):
+                if left.with_suffix("").exists():
+                    shutil.rmtree(left, ignore_errors=True)
 
     def save(self, files: Files, step: int, *, best: int, last: bool) -> bool:
         """Write a checkpoint; called on every process.
@@ -177,13 +188,24 @@ class Writer:
         Returns:
             whether it was written; in the background, whether the one before was. The same on every process.
         """
-        written = self._collect()
+        self._collect()
         if self._accelerator.is_main_process:
             if self._thread is not None and not last:
                 self._pending = self._thread.submit(self._attempt, files, step, best)
             else:
-                written = self._attempt(files, step, best)
-        return self._agreed(written)
+                self._written = self._attempt(files, step, best)
+        return self._agreed(self._written)
+
+    def settled(self, best: int) -> bool:
+        """Wait for the newest checkpoint and let `best` point to a step's, if not 0; called on every process.
+
+        Returns:
+            whether the newest checkpoint was written; the same on every process.
+        """
+        self._collect()
+        if self._accelerator.is_main_process and self._written:
+            self._tidy(best)
+        return self._agreed(self._written)
 
     def finish(self) -> None:
         """Wait for what is being written; called on every process."""
@@ -191,9 +213,10 @@ class Writer:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _collect(self) -> bool:
+    def _collect(self) -> None:
         pending, self._pending = self._pending, None
-        return pending.result() if pending is not None else True
+        if pending is not None:
+            self._written = pending.result()
 
     def _agreed(self, written: bool) -> bool:
         flag = torch.tensor([int(written)], device=self._accelerator.device)
@@ -202,16 +225,23 @@ class Writer:
     def _attempt(self, files: Files, step: int, best: int) -> bool:
         try:
             write(self._folder, files, step=step, config=self._config, classes=self._classes)
-            if best:
-                _link(self._folder, best)
-            self._prune(best)
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and not any(mark in str(error) for mark in _TORCH_WRITER):
                 raise
             log.error("checkpoint of step %d not written to %s: %s", step, self._folder, error)
             log.error("%s; training goes on with the checkpoints there are", _free_space(self._folder))
             return False
+        self._tidy(best)
         return True
+
+    def _tidy(self, best: int) -> None:
+        """Point to the best and delete old ones; what fails costs neither the checkpoint nor the run."""
+        try:
+            if best:
+                _link(self._folder, best)
+            self._prune(best)
+        except OSError as error:
+            log.error("checkpoints in %s not tidied up: %s", self._folder, error)
 
     def _prune(self, best: int) -> None:
         # If the newest best could not be written, `best` still names the one before.
@@ -249,9 +279,12 @@ def read(path: Path) -> Checkpoint:
             f"{path} is not a checkpoint (it has no {RUN_FILE}); give a folder such as runs/x/checkpoints/step_001200"
         )
     try:
-        record = json.loads(record_file.read_text())
+        text = record_file.read_bytes()
+        record = json.loads(text)
         files, step = dict(record["files"]), int(record["step"])
-        checkpoint = Checkpoint(path, step, record["config"], record["classes"], record["commit"])
+        checkpoint = Checkpoint(
+            path, step, record["config"], record["classes"], record["commit"], xxhash.xxh3_64_hexdigest(text)
+        )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{record_file} is damaged ({error}); use an older checkpoint") from None
     for name, size in files.items():

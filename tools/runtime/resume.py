@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
 from tools.runtime import checkpoint
 from tools.runtime.config import RunConfig, differences, validated
 
@@ -15,14 +18,17 @@ class Progress:
         self.step = 0
         self.skipped = 0
         """Steps without an update because fp16 gradients overflowed."""
+        self.unvalidated = False
+        """Whether the validation that is due at this step is still to be done."""
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of optimiser steps done and how many of them were skipped."""
-        return {"step": self.step, "skipped": self.skipped}
+        """Return the number of optimiser steps done, how many were skipped, and whether a validation is due."""
+        return {"step": self.step, "skipped": self.skipped, "unvalidated": self.unvalidated}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after that many steps."""
         self.step, self.skipped = state["step"], state["skipped"]
+        self.unvalidated = bool(state.get("unvalidated", False))
 
 
 def starting_point(resume: str, config: RunConfig, classes: list[str]) -> checkpoint.Checkpoint | None:
@@ -71,3 +77,46 @@ def starting_point(resume: str, config: RunConfig, classes: list[str]) -> checkp
                 "settings, or start a new run in another --out"
             )
     return start
+
+
+Found = tuple[int, str, str] | None
+"""Step, checksum and path of the checkpoint that a process found, or None."""
+
+
+def check_agreement(accelerator: Accelerator, start: checkpoint.Checkpoint | None, out: Path) -> None:
+    """Make sure that all processes go on from the same checkpoint; called on every process.
+
+    Raises:
+        ValueError: they do not; on every process, with what each of them found.
+    """
+    mine = None if start is None else (start.step, start.checksum, str(start.path))
+    words = disagreement(gather_object([mine]), out)
+    if words:
+        raise ValueError(words)
+
+
+def disagreement(found: list[Found], out: Path) -> str:
+    """Say which processes found which checkpoint, or nothing if all found the same.
+
+    Args:
+        found: by rank.
+        out: the run's folder.
+    """
+    ranks: dict[tuple[int, str] | None, list[int]] = {}
+    for rank, one in enumerate(found):
+        ranks.setdefault(None if one is None else one[:2], []).append(rank)
+    if len(ranks) == 1:
+        return ""
+    lines = []
+    for what, who in ranks.items():
+        names = f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+        first = found[who[0]]
+        lines.append(
+            f"{names}: no checkpoint"
+            if what is None or first is None
+            else f"{names}: step {what[0]} ({first[2]}, checksum {what[1]})"
+        )
+    return (
+        f"the processes found different checkpoints to go on from: {'; '.join(lines)}. --out ({out}) must be one "
+        "folder that all machines share; put the checkpoint to go on from there, and start all of them again"
+    )
