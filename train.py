@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,15 +30,15 @@ from tools.runtime.codes import CodeUsage
 from tools.runtime.config import RunConfig, flatten, parse_command, validated
 from tools.runtime.device import loader_device_id
 from tools.runtime.ema import Ema
-from tools.runtime.guard import FiniteGuard, save_batch
+from tools.runtime.guard import FiniteGuard, not_finite
 from tools.runtime.heartbeat import Heartbeat
 from tools.runtime.interrupt import Stop, StopRequest, end_at_once_when_asked
-from tools.runtime.launch import as_configured, make_accelerator, set_up_log
+from tools.runtime.launch import as_configured, collective_timeout_s, make_accelerator, set_up_log
 from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
-from tools.runtime.metrics import MetricsFile, progress_line, write_status
+from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
 from tools.runtime.monitor import Best, validate
 from tools.runtime.optim import learning_rate, make_optimizer, set_learning_rate
-from tools.runtime.resume import Progress, starting_point
+from tools.runtime.resume import Progress, check_agreement, starting_point
 from tools.runtime.state import TrainingState
 from tools.runtime.step import learning_mode, train_step
 from tools.runtime.trackers import Trackers
@@ -74,8 +75,11 @@ def train(command: TrainCommand) -> int:
     config.total_steps(len(store))  # refuses a run without a length before anything is set up
     start = starting_point(command.resume, config, store.classes)
     accelerator = make_accelerator(config)
-    with Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
-        return run(command, config, store, val_store, start, accelerator, heartbeat)
+    # The heartbeat ends first: a process that fails tells the others before it closes what it has opened, since that
+    # may wait for ever for the mount that it failed on.
+    with ExitStack() as opened, Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
+        check_agreement(accelerator, start, config.out)
+        return run(command, config, store, val_store, start, accelerator, heartbeat, opened)
 
 
 def run(
@@ -86,8 +90,12 @@ def run(
     start: checkpoint.Checkpoint | None,
     accelerator: Accelerator,
     heartbeat: Heartbeat,
+    opened: ExitStack,
 ) -> int:
-    """Set up model, data and everything that watches, and train; returns the exit code. On every process."""
+    """Set up model, data and everything that watches, and train; returns the exit code. On every process.
+
+    What is to be closed goes to `opened`.
+    """
     total = config.total_steps(len(store))
     steps_per_epoch = len(store) / config.pipeline.batch_global
     main = accelerator.is_main_process
@@ -101,9 +109,11 @@ def run(
         ranks=accelerator.num_processes,
         device_id=loader_device_id(accelerator.device),
     )
+    opened.callback(loader.close)
     net = as_configured(model.build(config.model, len(store.classes)), config)
     optimizer: Any = make_optimizer(config.optim, net)
     bar = tqdm(total=total, disable=not (main and sys.stderr.isatty()), unit="step", dynamic_ncols=True)
+    opened.callback(bar.close)
 
     def say(text: str) -> None:
         if main:
@@ -119,9 +129,12 @@ def run(
     if command.dry_run:
         for name, value in flatten(config.model_dump(mode="json")).items():
             say(f"  {name} = {value}")
-        loader.close()
         return 0
 
+    watchdog = opened.enter_context(
+        Watchdog(warn_s=config.data_warn_s, stop_s=config.data_stop_s, stop=heartbeat.fail)
+    )
+    waiting = partial(watchdog.waiting, "training", loader.reading)
     net, optimizer = accelerator.prepare(net, optimizer)
     ema = Ema(accelerator.unwrap_model(net), config.optim.ema_decay) if config.optim.ema_decay else None
     progress, best, meter = Progress(), Best(), Meter(accelerator)
@@ -135,6 +148,7 @@ def run(
     )
     if start is not None:
         state.restore(start.path)
+        progress.unvalidated = progress.unvalidated and val_store is not None
         say(f"resumed after step {progress.step} from {start.path}")
     else:
         learning_mode(accelerator.unwrap_model(net), config)
@@ -145,6 +159,7 @@ def run(
             lambda batch: torch.cat(batch.views),
             batches=config.model.init_batches,
             samples=len(store),
+            waiting=waiting,
         )
     writer = checkpoint.Writer(
         accelerator,
@@ -154,9 +169,17 @@ def run(
         keep=config.keep,
         background=config.checkpoint_async,
     )
-    metrics = MetricsFile(config.out / "metrics.jsonl", progress.step) if main else None
+    opened.callback(writer.finish)
+    metrics = None
+    if main:
+        forget_status(config.out)
+        metrics = MetricsFile(config.out / "metrics.jsonl", progress.step, validated=not progress.unvalidated)
+        opened.callback(metrics.close)
     trackers = Trackers(accelerator, config.out)
+    opened.callback(trackers.close)
     audit = Audit(config.out, accelerator.process_index) if config.audit else None
+    if audit is not None:
+        opened.callback(audit.close)
 
     def report(record: dict[str, Any]) -> None:
         trackers.log({k: v for k, v in record.items() if k != "step"}, record["step"])
@@ -179,143 +202,135 @@ def run(
         if config.images_every and (progress.step + 1) % config.images_every == 0 and not shown:
             shown.append(batch)
 
-    def not_finite(step: int) -> NoReturn:
-        where = "on another process, which says more"
-        if guard.bad_step is not None:
-            step = guard.bad_step
-            path, ids = save_batch(config.out, loader, step, accelerator.process_index, store)
-            named = guard.bad_samples or ids
-            where = f"samples {named[:16]} of this process's {len(ids)}; its batch is in {path}"
-        raise FloatingPointError(
-            f"loss or gradients of step {step} are not finite: {where}. Nothing was saved since; go on from an older "
-            "checkpoint with a lower learning rate, optim.clip_norm or another precision"
-        )
-
     def over() -> bool:
         early = bool(config.monitor.patience) and best.since >= config.monitor.patience
         return early or progress.step >= total
 
+    def save(*, last: bool = False) -> None:
+        """Write a checkpoint; only of the last one is it an error if that fails."""
+        snapshot = state.snapshot(copy=config.checkpoint_async)
+        if not writer.save(snapshot, progress.step, best=best.step, last=last) and last:
+            raise OSError(
+                f"the run ends after step {progress.step} of {total} without its last checkpoint, which could not be "
+                f"written to {config.out}; make room and say --resume auto to repeat what came after the previous one"
+            )
+
+    def validation(stop: StopRequest, *, saved: bool) -> Stop:
+        """Score the monitor set, and save what follows from it; returns why to stop.
+
+        Args:
+            saved: whether this step has a checkpoint, which says that its validation is still to be done.
+        """
+        assert val_store is not None
+        step, reason = progress.step, Stop.NO
+
+        def stopped() -> bool:
+            nonlocal reason
+            reason = stop.agreed()
+            return reason is not Stop.NO
+
+        with ema.applied() if ema is not None else nullcontext():
+            scores = validate(
+                accelerator,
+                net,
+                val_store,
+                monitor=config.monitor,
+                pipeline=config.pipeline,
+                precision=config.precision,
+                seed=config.seed,
+                waiting=partial(watchdog.waiting, "validation"),
+                stopped=stopped,
+            )
+        if scores is None:
+            if not saved or not writer.settled(0):
+                save(last=True)
+            return reason
+        progress.unvalidated = False
+        improved = best.update(scores["val_score_pct"], step)
+        say(f"step {step}/{total}  {best.line(scores)}")
+        report({"step": step, "epoch": step / steps_per_epoch, **scores})
+        if over():
+            save(last=True)  # with its score: nothing is left to do
+        elif improved and not (saved and writer.settled(step)):
+            save()
+        return Stop.NO
+
     bar.update(progress.step)
     began_s, began_step = time.perf_counter(), progress.step
-    try:
-        with (
-            StopRequest() as stop,
-            Watchdog(
-                loader.reading, warn_s=config.data_warn_s, stop_s=config.data_stop_s, stop=heartbeat.fail
-            ) as watchdog,
-        ):
-            while not over():
-                rate = learning_rate(config.optim, progress.step, total, steps_per_epoch)
-                set_learning_rate(optimizer, rate)
-                train_step(
-                    accelerator,
-                    net,
-                    optimizer,
-                    loader,
-                    meter,
-                    config,
-                    step=progress.step,
-                    waiting=watchdog.waiting,
-                    note=note,
-                    guard=guard,
-                )
-                if profile is not None and profile.step():
-                    say(
-                        profile.report(
-                            config.pipeline.batch_global, config.out / "profile.json" if main else None
-                        )
+    with StopRequest(patience_s=collective_timeout_s(config)) as stop:
+        reason = validation(stop, saved=False) if progress.unvalidated else Stop.NO
+        while reason is Stop.NO and not over():
+            rate = learning_rate(config.optim, progress.step, total, steps_per_epoch)
+            set_learning_rate(optimizer, rate)
+            train_step(
+                accelerator,
+                net,
+                optimizer,
+                loader,
+                meter,
+                config,
+                step=progress.step,
+                waiting=waiting,
+                note=note,
+                guard=guard,
+            )
+            if profile is not None and profile.step():
+                say(
+                    profile.report(
+                        config.pipeline.batch_global, config.out / "profile.json" if main else None
                     )
-                    profile = None
-                progress.step += 1
-                step, done = progress.step, progress.step == total
-                bar.update()
-                if accelerator.optimizer_step_was_skipped:
-                    progress.skipped += 1
-                elif ema is not None:
-                    ema.update(step)
-                if shown:
-                    trackers.pictures(shown.pop(), config.pipeline, step)
-                    trackers.code_usage(codes.total(), step)
+                )
+                profile = None
+            progress.step += 1
+            step, done = progress.step, progress.step == total
+            bar.update()
+            if accelerator.optimizer_step_was_skipped:
+                progress.skipped += 1
+            elif ema is not None:
+                ema.update(step)
+            if shown:
+                trackers.pictures(shown.pop(), config.pipeline, step)
+                trackers.code_usage(codes.total(), step)
 
-                if step % config.log_every == 0 or done:
-                    record: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch, "lr": rate}
-                    record |= meter.report()
-                    record |= codebook_metrics(accelerator, net)
-                    record["memory_gib"] = device_memory_gib(accelerator.device)
-                    record["host_gib"] = host_memory_gib()
-                    record["skipped_steps"] = progress.skipped
-                    damaged = torch.tensor(len(loader.damaged), device=accelerator.device)
-                    record["damaged"] = int(accelerator.reduce(damaged, "sum"))
-                    left_s = (time.perf_counter() - began_s) / (step - began_step) * (total - step)
-                    say(progress_line({**record, "eta_s": left_s}, total))
-                    report(record)
-                    if config.host_limit_gib is not None and record["host_gib"] > config.host_limit_gib:
-                        stop.request(Stop.MEMORY)
+            if step % config.log_every == 0 or done:
+                record: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch, "lr": rate}
+                record |= meter.report()
+                record |= codebook_metrics(accelerator, net)
+                record["memory_gib"] = device_memory_gib(accelerator.device)
+                record["host_gib"] = host_memory_gib()
+                record["skipped_steps"] = progress.skipped
+                damaged = torch.tensor(len(loader.damaged), device=accelerator.device)
+                record["damaged"] = int(accelerator.reduce(damaged, "sum"))
+                left_s = (time.perf_counter() - began_s) / (step - began_step) * (total - step)
+                say(progress_line({**record, "eta_s": left_s}, total))
+                report(record)
+                if config.host_limit_gib is not None and record["host_gib"] > config.host_limit_gib:
+                    stop.request(Stop.MEMORY)
 
+            progress.unvalidated = val_store is not None and (step % config.val_every == 0 or done)
+            saving = step % config.checkpoint_every == 0 or done
+            if guard.bad_step is not None:
+                stop.request(Stop.NOT_FINITE)
+            reason = stop.agreed()
+            if progress.unvalidated or saving or reason is not Stop.NO:  # nothing that is not finite is saved
+                guard.drain()
                 if guard.bad_step is not None:
                     stop.request(Stop.NOT_FINITE)
-                validating = val_store is not None and (step % config.val_every == 0 or done)
-                saving = step % config.checkpoint_every == 0 or done
-                reason = stop.agreed()
-                if validating or saving or reason is not Stop.NO:  # nothing that is not finite is saved
-                    guard.drain()
-                    if guard.bad_step is not None:
-                        stop.request(Stop.NOT_FINITE)
-                    reason = stop.agreed_now()
-                if reason is Stop.NOT_FINITE:
-                    not_finite(step)
+                reason = stop.agreed_now()
+            if reason is Stop.NOT_FINITE:
+                raise not_finite(accelerator, guard, config.out, loader, store, waiting)
 
-                aside_s = time.perf_counter()
-                if validating and val_store is not None:
-                    with ema.applied() if ema is not None else nullcontext():
-                        scores = validate(
-                            accelerator,
-                            net,
-                            val_store,
-                            monitor=config.monitor,
-                            pipeline=config.pipeline,
-                            precision=config.precision,
-                            seed=config.seed,
-                        )
-                    improved = best.update(scores["val_score_pct"], step)
-                    say(
-                        f"step {step}/{total}  val top1 {scores['val_top1_pct']:.2f}%  "
-                        f"top5 {scores['val_top5_pct']:.2f}%  score {scores['val_score_pct']:.2f}%"
-                        + (
-                            "  best so far"
-                            if improved
-                            else f"  best {best.score_pct:.2f}% at step {best.step}"
-                        )
-                    )
-                    report({"step": step, "epoch": step / steps_per_epoch, **scores})
-                    saving = saving or improved
-                last = over() or reason is not Stop.NO
-                if saving or last:
-                    snapshot = state.snapshot(copy=config.checkpoint_async)
-                    if not writer.save(snapshot, step, best=best.step, last=last) and last:
-                        raise OSError(
-                            f"the run ends after step {step} of {total} without its last checkpoint, which could not "
-                            f"be written to {config.out}; make room and say --resume auto to repeat what came after "
-                            "the previous one"
-                        )
-                    del snapshot
-                meter.exclude(time.perf_counter() - aside_s)
-                if reason is not Stop.NO and not over():
-                    why = {Stop.MEMORY: f": a process holds more than {config.host_limit_gib} GiB"}.get(
-                        reason, ""
-                    )
-                    return stopped(
-                        reason.exit_code,
-                        f"stopped after step {step} of {total}{why}; go on with --resume auto",
-                    )
-    finally:
-        bar.close()
-        loader.close()
-        writer.finish()
-        for file in (metrics, audit):
-            if file is not None:
-                file.close()
-        trackers.close()
+            aside_s = time.perf_counter()
+            stopping = reason is not Stop.NO
+            if saving or stopping:  # before a validation, so that stopping need not wait for it
+                save(last=stopping or (done and not progress.unvalidated))
+            if progress.unvalidated and not stopping:
+                reason = validation(stop, saved=saving)
+            meter.exclude(time.perf_counter() - aside_s)
+    if reason is not Stop.NO and (progress.unvalidated or not over()):
+        why = f": a process holds more than {config.host_limit_gib} GiB" if reason is Stop.MEMORY else ""
+        words = f"stopped after step {progress.step} of {total}{why}; go on with --resume auto"
+        return stopped(reason.exit_code, words)
     early = f" (early, best score {best.score_pct:.2f}% at step {best.step})" if progress.step < total else ""
     return stopped(0, f"done: {progress.step} steps{early}, checkpoint in {config.out / 'checkpoints'}")
 

@@ -308,6 +308,10 @@ class EvaluationLoader:
                 damaged=torch.from_numpy(read.damaged_B),
             )
 
+    def reading(self) -> str:
+        """Say what is being read now, for a message about a stuck source."""
+        return self._stream.reading()
+
     @property
     def damaged(self) -> Mapping[int, str]:
         """Damaged samples met by this rank so far: id to reason."""

@@ -35,7 +35,7 @@ def free_port() -> int:
 
 @dataclass
 class Ranks:
-    """Processes of one run. `log` takes what they print."""
+    """Processes of one run. `log` takes what they print; "{rank}" in an argument becomes a process's rank."""
 
     arguments: list[str]
     ranks: int
@@ -66,7 +66,8 @@ class Ranks:
         set_up_log()
         code = 1
         try:
-            code = train.train(parse_command(train.TrainCommand, self.arguments))
+            arguments = [argument.replace("{rank}", str(rank)) for argument in self.arguments]
+            code = train.train(parse_command(train.TrainCommand, arguments))
         except BaseException:
             traceback.print_exc()
         finally:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import TWO_PROCESSES, environment, start
+from conftest import environment
 
-from tools.runtime.metrics import read_metrics
+from tools.runtime import watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
+VARIES = {"rate_img_s", "data_wait_pct", "memory_gib", "host_gib"}
 pytestmark = pytest.mark.slow
 
 
@@ -68,38 +67,105 @@ def test_one_two_four_and_one_process_learn_the_same(elastic: dict[str, Any]) ->
         assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def failing(picture_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two processes without a launcher that fail in many ways; whatever is printed is this project's."""
+    output = script("tests/failing_ranks.py", str(picture_shards), str(tmp_path_factory.mktemp("failing")))
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def named(case: dict[str, Any], rank: int) -> str:
+    return rf"rank {rank} \(process {case['pids'][rank]} on [^)]+\)"
+
+
+def test_an_error_is_told_before_anything_is_closed(failing: dict[str, Any]) -> None:
+    """The second process fails, and then waits for ever for its readers."""
+    case = failing["error"]
+    assert case["codes"] == [1, 1]
+    own, other = named(case, 0), named(case, 1)
+    assert re.search(f"{own}: {other} failed: ValueError: planted; this process ends too", case["log"])
+    assert re.search(f"{other} could not close what it had open; it ends now", case["log"])
+    assert "\nValueError: planted\n" in case["log"]  # its traceback
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_process_that_dies_ends_all_and_is_named(
-    picture_shards: Path, tmp_path: Path, victim: int
+def test_one_process_that_dies_ends_all_and_is_named(failing: dict[str, Any], victim: int) -> None:
+    case = failing[f"killed {victim}"]
+    other = 1 - victim
+    assert (case["codes"][victim], case["codes"][other]) == (-signal.SIGKILL, 1)
+    assert case["ended_s"][other] - case["ended_s"][victim] < 10
+    words = f"{named(case, other)}(: | ends because ){named(case, victim)} no longer runs: killed or crashed"
+    assert re.search(words, case["log"])
+
+
+@pytest.mark.parametrize(
+    ("when", "data"), [("training", "training"), ("start", "training"), ("validation", "validation")]
+)
+def test_a_source_that_is_stuck_on_one_process_ends_all(
+    failing: dict[str, Any], when: str, data: str
 ) -> None:
-    arguments = [
-        "train.py",
-        "--recipe",
-        "tests/tiny.toml",
-        "--data",
-        str(picture_shards),
-        "--out",
-        str(tmp_path),
-    ]
-    launcher = start(*TWO_PROCESSES, *arguments, "--steps", "4000", "--checkpoint-every", "4000")
-    deadline_s = time.monotonic() + 120
-    while not read_metrics(tmp_path / "metrics.jsonl"):
-        assert launcher.poll() is None, launcher.communicate()[0]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
-    ranks = {
-        int(child.environ()["RANK"]): child.pid
-        for child in psutil.Process(launcher.pid).children(recursive=True)
-        if "train.py" in " ".join(child.cmdline()) and "RANK" in child.environ()
+    """While the codebook starts, in training, in a validation: reported, then the end with code 74."""
+    case = failing[f"stuck {when}"]
+    assert case["codes"] == [1, watchdog.EXIT_CODE]
+    reading = r"reading batch \d+ \(\d records from pictures-00000.*; first pictures-00000"
+    assert re.search(f"WARNING rank 1 tools.runtime.watchdog: no {data} data for 1 s: {reading}", case["log"])
+    assert re.search(rf"no {data} data for 2 s: {reading}.*\(data_stop_s = 1\.5\)", case["log"])
+    words = f"{named(case, 0)}(: | ends because ){named(case, 1)} failed: no {data} data for 2 s: {reading}"
+    assert re.search(words, case["log"])
+
+
+def test_all_processes_say_which_samples_are_not_finite(failing: dict[str, Any]) -> None:
+    case = failing["not finite"]
+    assert case["codes"] == [1, 1]
+    words = r"FloatingPointError: loss or gradients of step 2 are not finite: samples \[\d+\] of rank 1's 4; its batch"
+    assert len(re.findall("^" + words, case["log"], re.MULTILINE)) == 2
+    assert "of rank 0's" not in case["log"]
+    assert case["checkpoints"] == []
+
+
+def test_processes_that_found_different_checkpoints_do_not_start(failing: dict[str, Any]) -> None:
+    """As where --out is on each machine's own disk."""
+    case = failing["different checkpoints"]
+    assert case["codes"] == [1, 1]
+    words = (
+        r"^ValueError: the processes found different checkpoints to go on from: rank 0: step 12 \(.*, checksum \w+\); "
+        r"rank 1: step 8 \(.*\)\. --out \(.*own\d\) must be one folder that all machines share"
+    )
+    assert len(re.findall(words, case["log"], re.MULTILINE)) == 2
+    assert "resumed after step" not in case["log"]
+    assert failing["same step"]["codes"] == [1, 1]
+    sums = re.findall(r"rank (\d): step 8 \(\S+, checksum (\w+)\)", failing["same step"]["log"])
+    assert len(set(sums)) == 2
+    assert len({checksum for _, checksum in sums}) == 2
+
+
+def test_a_signal_in_a_validation_stops_it_on_all_processes(failing: dict[str, Any]) -> None:
+    """One process gets it, in its second of five batches; both answer two batches later at most."""
+    case = failing["stopped"]
+    assert case["codes"] == [75, 75]
+    assert case["checkpoints"] == [4]
+    assert case["status"] == {
+        "exit_code": 75,
+        "step": 4,
+        "total": 12,
+        "why": "stopped after step 4 of 12; go on with --resume auto",
     }
-    began_s = time.monotonic()
-    os.kill(ranks[victim], signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=60)
-    assert time.monotonic() - began_s < 60
-    assert launcher.returncode != 0
-    named = f"rank {victim} (process {ranks[victim]}"
-    assert f"{named} on " in output or f"(pid: {ranks[victim]})" in output
-    assert "SIGKILL" in output or "no longer runs: killed or crashed" in output
+    assert [r["step"] for r in case["metrics"]] == [1, 2, 3, 4], "no score"
+    assert max(map(int, re.findall(r"rank \d scores batch (\d)", case["log"]))) in (1, 2)
+
+
+def test_what_was_stopped_in_a_validation_goes_on_exactly(failing: dict[str, Any]) -> None:
+    case = failing["resumed"]
+    assert case["codes"] == [0, 0]
+    assert "resumed after step 4 from" in case["log"]
+    assert case["same_weights"]
+    calm, stopped = (
+        [{k: v for k, v in r.items() if k not in VARIES} for r in log] for log in case["metrics"]
+    )
+    assert calm == stopped
+    assert [r["step"] for r in calm] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
+    assert case["best"][0] == case["best"][1]
 
 
 def test_a_process_that_never_comes_is_not_waited_for_for_ever(picture_shards: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def start_codebook(
     *,
     batches: int,
     samples: int,
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> int:
     """Start codes that wait for data from the first global batches, then rewind the loader to where it was.
 
@@ -35,6 +37,7 @@ def start_codebook(
         images_of: what the model is given of a micro-batch.
         batches: ModelConfig.init_batches.
         samples: in one pass over the data.
+        waiting: entered while the loader is waited for.
 
     Returns:
         The number of global batches looked at; 0 where no codes wait.
@@ -52,7 +55,8 @@ def start_codebook(
     most = max(batches, min(_MOST_BATCHES, samples // batch_global))
     while taken < batches or (taken < most and features < len(inner.codebook.codes)):
         for _ in range(loader.micros):
-            batch = next(loader)
+            with waiting():
+                batch = next(loader)
             with accelerator.autocast():
                 parts.append(inner.codebook_features(images_of(batch)))
             if not parts[-1].isfinite().all():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import shards
@@ -82,3 +86,38 @@ def save_batch(
     path = folder / f"not_finite_step_{step:06d}_rank{rank}.pt"
     torch.save(parts, path)
     return path, [i for part in parts for i in part["sample_id"].tolist()]
+
+
+def not_finite(
+    accelerator: Accelerator,
+    guard: FiniteGuard,
+    folder: Path,
+    loader: TrainingLoader,
+    store: shards.Store,
+    waiting: Callable[[], AbstractContextManager[object]],
+) -> FloatingPointError:
+    """Save the batch of the step that went wrong and return what to raise; called on every process.
+
+    Every process gets the words of all: whichever ends first says where it happened.
+
+    Args:
+        waiting: entered while the loader is waited for.
+    """
+    mine = []
+    if guard.bad_step is not None:
+        with waiting():
+            path, ids = save_batch(folder, loader, guard.bad_step, accelerator.process_index, store)
+        named = guard.bad_samples or ids
+        alone = accelerator.num_processes == 1
+        where = f"samples {named[:16]} of " + (
+            "this process's" if alone else f"rank {accelerator.process_index}'s"
+        )
+        mine = [(guard.bad_step, bool(guard.bad_samples), f"{where} {len(ids)}; its batch is in {path}")]
+    said = gather_object(mine)
+    step = min(number for number, _, _ in said)
+    # Gradients are averaged: one process's image makes those of all bad.
+    culprits = [words for _, named, words in said if named] or [words for _, _, words in said]
+    return FloatingPointError(
+        f"loss or gradients of step {step} are not finite: {'; '.join(culprits)}. Nothing was saved "
+        "since; go on from an older checkpoint with a lower learning rate, optim.clip_norm or another precision"
+    )

@@ -1,8 +1,11 @@
-"""Notices a process of the run that died, hangs or failed, and ends the others with its name.
+"""Notices a process of the run that died, was stopped, was cut off or failed, and ends the others with its name.
 
 Collectives alone would leave the others waiting: NCCL for ten minutes, and then without saying for whom. Every
 process beats into a small key-value store in the first one; the first one watches the beats and posts a verdict,
 which all read with their next beat. A process that fails posts its own error.
+
+Beats come from a thread of their own: a process that runs and waits for ever is not noticed here. Waits for data have
+their own watchdog; what waits for another process ends when that one is named, or with the collective's timeout.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,10 @@ _BROKEN_COLLECTIVE = ("gloo", "NCCL", "Connection", "connection")
 
 
 class Heartbeat:
-    """Beats while the training thread works. A context manager that all processes enter together; alone it idles.
+    """Beats while the process runs. A context manager that all processes enter together; alone it idles.
+
+    An error that leaves it is told to the others at once. What may wait for ever when it is closed (readers on a
+    mount that hangs) is to be closed after that, outside of it.
 
     Args:
         lost_after_s: silence after which a process is given up; the others end within a fifth of it.
@@ -77,29 +84,37 @@ class Heartbeat:
         if self._store is None or self._thread is None:
             return
         if error is not None:
-            # Cleaning up after a broken collective must not become the next hang.
-            last_resort = threading.Timer(self._lost_after_s + _CLEAN_UP_S, os._exit, (EXIT_CODE,))
+            # What is closed after this may wait for ever: for a broken collective, for a mount that hangs.
+            last_resort = threading.Timer(self._lost_after_s + _CLEAN_UP_S, self._last_resort, (error,))
             last_resort.daemon = True
             last_resort.start()
             self._name_the_cause(error)
         self._over.set()
+        if error is not None:
+            self.fail(f"{type(error).__name__}: {error}")
         self._thread.join()
         if error is None:
             self._leave()
-            return
-        self.fail(f"{type(error).__name__}: {error}")
-        if self._rank == 0:
+        elif self._rank == 0:
             time.sleep(2 * self._interval_s)  # let the others read it: the store ends with this process
 
     def _name_the_cause(self, error: BaseException) -> None:
         """Say whose end this process's error comes from, where it is another's."""
-        gone = self._gone()
-        if gone:
-            log.critical("%s ends because %s", self._names[self._rank], gone)
+        cause = self._told() or self._gone()
+        if cause and str(error) in cause:
+            return  # all found the same
+        if cause:
+            log.critical("%s ends because %s", self._names[self._rank], cause)
         elif isinstance(error, RuntimeError) and any(mark in str(error) for mark in _BROKEN_COLLECTIVE):
             # Of a process elsewhere that died, all see such an error. The thread finds out which, and ends this one.
             log.critical("%s: %s; looking for the process behind it", self._names[self._rank], error)
             self._over.wait(self._lost_after_s + 2 * self._interval_s)
+
+    def _last_resort(self, error: BaseException) -> None:
+        traceback.print_exception(error)
+        log.critical("%s could not close what it had open; it ends now", self._names[self._rank])
+        sys.stdout.flush()
+        os._exit(EXIT_CODE)
 
     def _runs(self, rank: int) -> bool:
         """Whether a process runs, as far as can be told: of another machine it cannot."""
@@ -147,6 +162,13 @@ class Heartbeat:
     def _verdict(self) -> str:
         with self._lock:
             return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
+
+    def _told(self) -> str:
+        """Return the verdict, or nothing if there is none or nobody to ask."""
+        try:
+            return self._verdict()
+        except (RuntimeError, OSError):
+            return ""
 
     def _watch(self) -> None:
         count = 0

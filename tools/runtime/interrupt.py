@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
 from typing import Any
@@ -51,9 +52,13 @@ class StopRequest:
 
     The first signal lets the step finish; a second Ctrl-C stops at once. On several processes all must enter
     together.
+
+    Args:
+        patience_s: how long a process waits for the others' answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_s: float = 1800) -> None:
+        self._patience_s = patience_s
         self.reason = Stop.NO
         self._first_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
@@ -65,7 +70,7 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._note)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # On the CPU whatever the model runs on, so that asking never waits for a GPU.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience_s))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,15 +17,21 @@ from tools.runtime.config import RunConfig
 
 log = logging.getLogger(__name__)
 
-# Of one collective. Heartbeats find a lost process long before; this is for what they cannot see.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
 
 def set_up_log() -> None:
     """Log warnings and worse, each line with the rank that says it where there are several."""
     rank = os.environ.get("RANK", "0")
     place = f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s{place} %(name)s: %(message)s")
+
+
+def collective_timeout_s(config: RunConfig) -> float:
+    """Return how long processes wait for one another in a collective.
+
+    Heartbeats find a lost process long before; this is for what they cannot see. A process may wait for data for
+    data_stop_s, and says itself then what it waited for.
+    """
+    return 1800 + config.data_stop_s
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -47,7 +53,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         log_with=trackers.checked(config.trackers),
         project_dir=str(config.out),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s(config)))],
     )
     alone.cancel()
     if config.sync_bn and accelerator.device.type != "cuda":

@@ -31,11 +31,17 @@ class MetricsFile:
     Args:
         path: the file.
         step: step the run continues from; records of later steps are removed.
+        validated: whether the validation of that step was done; if not, its record is removed too.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, *, validated: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        kept = [
+            record
+            for record in read_metrics(path)
+            if record["step"] < step
+            or (record["step"] == step and (validated or "val_score_pct" not in record))
+        ]
         partial = path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
@@ -56,6 +62,14 @@ class MetricsFile:
             self._file.close()
         except OSError as error:
             log.error("metrics not written to the end: %s", error)
+
+
+def forget_status(out: Path) -> None:
+    """Delete the status.json of an earlier end, so that it is not taken for this run's."""
+    try:
+        (out / "status.json").unlink(missing_ok=True)
+    except OSError as error:
+        log.error("status.json of an earlier end not deleted: %s", error)
 
 
 def write_status(out: Path, status: Mapping[str, Any]) -> None:

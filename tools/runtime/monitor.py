@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 import shards
 from pipeline.config import PipelineConfig
 from pipeline.corruptions.kinds import KINDS, SEVERITIES, suggest
-from pipeline.loader import EvaluationLoader
+from pipeline.loader import EvaluationBatch, EvaluationLoader
 from pipeline.philox import I64, Purpose, as_u64, draw
 from tools.runtime import scoring
 from tools.runtime.device import loader_device_id
@@ -58,6 +59,38 @@ def monitored(samples: int, images: int, seed: int) -> I64:
     return np.sort(np.argsort(key_N, kind="stable")[:images]).astype(np.int64)
 
 
+Waiting = Callable[[Callable[[], str]], AbstractContextManager[object]]
+
+
+class _Batches:
+    """The batches of a process, as long as all processes want to go on.
+
+    Args:
+        loader: this process's.
+        rounds: the most batches any process has; all ask one another so often.
+        waiting: entered while the loader is waited for, given what says what is being read.
+        stopped: asked after every batch, by all processes together, and true for all at the same batch.
+    """
+
+    def __init__(
+        self, loader: EvaluationLoader, rounds: int, waiting: Waiting, stopped: Callable[[], bool]
+    ) -> None:
+        self._loader, self._rounds = loader, rounds
+        self._waiting, self._stopped = waiting, stopped
+        self.complete = False
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        batches = iter(self._loader)
+        for _ in range(self._rounds):
+            with self._waiting(self._loader.reading):
+                batch = next(batches, None)
+            if batch is not None:
+                yield batch
+            if self._stopped():
+                return
+        self.complete = True
+
+
 def validate(
     accelerator: Accelerator,
     net: nn.Module,
@@ -67,33 +100,43 @@ def validate(
     pipeline: PipelineConfig,
     precision: str,
     seed: int,
-) -> dict[str, float]:
+    waiting: Waiting = lambda reading: nullcontext(),
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Score the monitor set over all processes, each image decoded once; accuracies in percent.
 
     Images and noise are functions of the seed: two validations differ by the model alone. Called on every process.
 
+    Args:
+        waiting: entered while the loader is waited for, given what says what is being read.
+        stopped: asked after every batch, as often on every process; true on all or none: give up.
+
     Returns:
-        val_top1_pct, val_top5_pct (clean), val_corrupted_top1_pct (mean over the corrupted cells, where there are
-        any) and val_score_pct, by which the best checkpoint is chosen: the mean of clean and corrupted top-1.
+        None if `stopped` said so; else val_top1_pct, val_top5_pct (clean), val_corrupted_top1_pct (mean over the
+        corrupted cells, where there are any) and val_score_pct, by which the best checkpoint is chosen: the mean of
+        clean and corrupted top-1.
     """
     if accelerator.num_processes > 1:
         # Each process has updated its running statistics from its own images; a checkpoint has the first one's.
         for buffer in net.buffers():
             broadcast(buffer)
+    batch = pipeline.batch_per_gpu or pipeline.batch_global // accelerator.num_processes
+    sample_id = monitored(len(store), monitor.images, seed)
     loader = EvaluationLoader(
         store,
         pipeline,
-        batch=pipeline.batch_per_gpu or pipeline.batch_global // accelerator.num_processes,
+        batch=batch,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         device_id=loader_device_id(accelerator.device),
-        sample_id=monitored(len(store), monitor.images, seed),
+        sample_id=sample_id,
     )
+    batches = _Batches(loader, -(-len(sample_id) // (batch * accelerator.num_processes)), waiting, stopped)
     names = [(CLEAN, 0), *((kind, severity) for kind in monitor.kinds for severity in monitor.severities)]
     try:
         counts = scoring.score(
             accelerator.unwrap_model(net),
-            loader,
+            batches,
             pipeline,
             names,
             seed=seed,
@@ -103,6 +146,8 @@ def validate(
         )
     finally:
         loader.close()
+    if not batches.complete:
+        return None
     total = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
     clean, *corrupted = scoring.cells_from_counts(names, total)
     scores = {"val_top1_pct": 100 * clean.top1, "val_top5_pct": 100 * clean.top5}
@@ -130,6 +175,14 @@ class Best:
             return True
         self.since += 1
         return False
+
+    def line(self, scores: Mapping[str, float]) -> str:
+        """Return the scores of the newest validation as the line people watch."""
+        best = f"best {self.score_pct:.2f}% at step {self.step}" if self.since else "best so far"
+        return (
+            f"val top1 {scores['val_top1_pct']:.2f}%  top5 {scores['val_top5_pct']:.2f}%  "
+            f"score {scores['val_score_pct']:.2f}%  {best}"
+        )
 
     def state_dict(self) -> dict[str, float]:
         """Return score, step and validations since."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import corrupt, kind_id
-from pipeline.loader import EvaluationLoader
+from pipeline.loader import EvaluationBatch
 from pipeline.normalise import normalise
 from pipeline.plan import evaluation_keys
 from tools.runtime.results import CLEAN, SEVERITIES, Cell
@@ -25,7 +25,7 @@ def cells_of(kinds: Sequence[str]) -> list[CellName]:
 @torch.no_grad()
 def score(
     model: nn.Module,
-    loader: EvaluationLoader,
+    batches: Iterable[EvaluationBatch],
     config: PipelineConfig,
     cells: Sequence[CellName],
     *,
@@ -39,7 +39,8 @@ def score(
 
     Args:
         model: gives logits (B, classes) for normalised images (B, 3, S, S); put in eval mode here.
-        loader: the rank's share of the samples; damaged ones are left out of the counts.
+        batches: the rank's share of the samples, an EvaluationLoader for one; damaged ones are left out of the
+            counts.
         cells: (corruption, severity) pairs; ("clean", 0) is the clean image.
         seed: of the corruptions' noise; a sample gets the same noise in any batch and on any rank.
         flavour: reference the corruptions follow, "hendrycks" for ImageNet-C's own.
@@ -48,7 +49,7 @@ def score(
     """
     model.eval()
     counts_N3 = torch.zeros((len(cells), 3), dtype=torch.int64, device=device)
-    for batch in loader:
+    for batch in batches:
         images_u8 = batch.images_u8.to(device, non_blocking=True)
         labels_B = batch.labels.to(device, non_blocking=True)
         sound_B = (~batch.damaged).to(device, non_blocking=True)
