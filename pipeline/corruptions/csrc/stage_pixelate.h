@@ -86,6 +86,8 @@ struct PixelateMap : OneBlock {
 };
 
 struct PixelateAcross : RowGrid {
+  static VQSA_HD size_t shared_bytes(const Sample&, const TileShape& shape) { return 4 * (7 * static_cast<size_t>(shape.width) + 1); }
+
   template <class B>
   static VQSA_HD void run(const B& b, const Sample& s, int tile, int) {
     const PixelateSize small(s, b.tables);
@@ -95,6 +97,10 @@ struct PixelateAcross : RowGrid {
     const uint8_t* in = s.in;
     uint8_t* out = pixelate_rows(s);
     const WeightedWindow* windows = pixelate_windows(s) + small.height;
+    if (B::kSequential) {
+      gather_rows(b, in + 3 * static_cast<size_t>(y0) * width, out + 3 * static_cast<size_t>(y0) * target, rows, width, target, windows);
+      return;
+    }
     b.rows(rows, target, [=](int y, int i) {
       const WeightedWindow w = windows[i];
       const uint8_t* p = in + 3 * (static_cast<size_t>(y0 + y) * width + w.first);
@@ -110,6 +116,44 @@ struct PixelateAcross : RowGrid {
       q[2] = weighted_mean(bl, w.weight);
     });
   }
+
+  // The same with a word to a pixel and a loop over pixels per tap, which become vectors.
+  template <class B>
+  static VQSA_HD void gather_rows(const B& b, const uint8_t* in, uint8_t* out, int rows, int width, int target,
+                                  const WeightedWindow* windows) {
+    int taps = 0;
+    for (int i = 0; i < target; ++i) taps = greatest(taps, windows[i].count);
+    uint32_t* VQSA_RESTRICT pixels = reinterpret_cast<uint32_t*>(b.shared);  // and a black one
+    uint32_t* VQSA_RESTRICT red_blue = pixels + width + 1;
+    uint32_t* VQSA_RESTRICT green = red_blue + target;
+    int32_t* VQSA_RESTRICT weight = reinterpret_cast<int32_t*>(green + target);
+    int32_t* VQSA_RESTRICT source = weight + target;  // taps x target; at most 3 * width
+    pixels[width] = 0;
+    b.each(target, [=](int i) { weight[i] = windows[i].weight; });
+    b.rows(taps, target, [=](int k, int i) {
+      source[k * target + i] = k < windows[i].count ? windows[i].first + k : width;
+    });
+    for (int y = 0; y < rows; ++y) {
+      const uint8_t* VQSA_RESTRICT p = in + 3 * static_cast<size_t>(y) * width;
+      uint8_t* VQSA_RESTRICT q = out + 3 * static_cast<size_t>(y) * target;
+      b.each(width, [=](int x) { pixels[x] = p[3 * x] | p[3 * x + 1] << 8 | p[3 * x + 2] << 16; });
+      b.each(target, [=](int i) { red_blue[i] = green[i] = 0; });
+      for (int k = 0; k < taps; ++k) {
+        const int32_t* VQSA_RESTRICT at = source + k * target;
+        b.each(target, [=](int i) {
+          const uint32_t pixel = pixels[at[i]];
+          red_blue[i] += pixel & 0xFF00FF;
+          green[i] += pixel >> 8 & 0xFF;
+        });
+      }
+      b.each(target, [=](int i) {
+        const int w = weight[i], r = red_blue[i] & 0xFFFF, g = green[i], bl = red_blue[i] >> 16;
+        q[3 * i] = weighted_mean(r, w);
+        q[3 * i + 1] = weighted_mean(g, w);
+        q[3 * i + 2] = weighted_mean(bl, w);
+      });
+    }
+  }
 };
 
 struct PixelateDown : RowGrid {
@@ -123,6 +167,17 @@ struct PixelateDown : RowGrid {
     const WeightedWindow* windows = pixelate_windows(s) + y0;
     const uint8_t* VQSA_RESTRICT in = pixelate_rows(s);
     uint8_t* VQSA_RESTRICT out = pixelate_small(s);
+    if (B::kSequential) {
+      for (int y = 0; y < rows; ++y) {
+        const WeightedWindow w = windows[y];
+        const uint8_t* VQSA_RESTRICT p = in + static_cast<size_t>(w.first) * values;
+        uint8_t* VQSA_RESTRICT q = out + static_cast<size_t>(y0 + y) * values;
+        b.template accumulate<int32_t>(
+            1, values, w.count, [=](int, int v, int k) { return static_cast<int32_t>(p[k * values + v]); },
+            [=](int, int v, int32_t sum) { q[v] = weighted_mean(sum, w.weight); });
+      }
+      return;
+    }
     b.rows(rows, values, [=](int y, int v) {
       const WeightedWindow w = windows[y];
       int sum = 0;
