@@ -246,13 +246,13 @@ def main() -> None:
     images = photographs(options.photos, options.count)
     result: dict[str, Any] = {**environment(), "shape": [SIDE, SIDE, 3]}
     if not options.no_cpu:
-        result["cpu"] = measure_cpu(images, not options.no_reference)
-        print(cpu_table(result["cpu"]["cells"]))
-        print(json.dumps(result["cpu"]["summary"], indent=1))
+        result["on_cpu"] = measure_cpu(images, not options.no_reference)
+        print(cpu_table(result["on_cpu"]["cells"]))
+        print(json.dumps(result["on_cpu"]["summary"], indent=1))
     if torch.cuda.is_available() and core.has_cuda():
-        result["cuda"] = measure_cuda(images)
+        result["on_cuda"] = measure_cuda(images)
     else:
-        result["cuda"] = "not measured: no CUDA device"
+        result["on_cuda"] = "not measured: no CUDA device"
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
