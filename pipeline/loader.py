@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from pipeline.augmix import augmix, draw_chains
@@ -59,6 +60,14 @@ class EvaluationBatch:
     labels: Tensor
     sample_id: Tensor
     damaged: Tensor
+
+
+def _identity(store: Store) -> str:
+    """Return the xxh3-64 of a store's labels and record sizes in their order, the same wherever it stands."""
+    digest = xxhash.xxh3_64()
+    for column in (store.label, store.length):
+        digest.update(np.asarray(column, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _nchw(image_BHWC: Tensor) -> Tensor:
@@ -116,6 +125,7 @@ class TrainingLoader:
         self._order = Order(len(store), seed)
         self._planner = TrainingPlanner(config, seed, store.height, store.width)
         self._seed = seed
+        self._data = _identity(store)
         self._origin = 0  # stream position where batch 0 of the current numbering starts
         self._handed = 0  # micro-batches handed to the caller since the origin
         self.waited_s = 0.0
@@ -195,6 +205,7 @@ class TrainingLoader:
             "micro": micro,
             "micros": self.micros,
             "samples": len(self._store),
+            "data": self._data,
             "seed": self._seed,
         }
 
@@ -211,6 +222,11 @@ class TrainingLoader:
                     f"the saved data position belongs to a stream with {name} = {state[name]}, this one has "
                     f"{mine}; resume with the same data and seed, or start a new run"
                 )
+        if state.get("data", self._data) != self._data:
+            raise ValueError(
+                f"the saved data position belongs to other data than {self._store.name}: as many samples, but labels "
+                "or sizes of the records differ; resume with the same shard sets in the same order, or start a new run"
+            )
         if state["micro"] and state["micros"] != self.micros:
             raise ValueError(
                 f"the saved data position is inside a global batch split into {state['micros']} parts, here "

@@ -48,6 +48,17 @@ def test_an_epoch_has_every_sample_of_all_sets_once(picture_shards: Path, other:
     assert sorted(seen) == list(range(102))
 
 
+def test_a_position_belongs_to_its_sets_in_their_order(picture_shards: Path, other: Path) -> None:
+    first, second = shards.open(picture_shards), shards.open(other)
+    config = PipelineConfig(image_size=32, batch_global=34, kinds=(), threads=1, constants="imagenet")
+    saved = TrainingLoader(join([first, second]), config, seed=0).state_dict()
+    TrainingLoader(join([shards.open(picture_shards), second]), config, seed=0).load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match=r"other data than other \+ pictures: as many samples, but labels or sizes"
+    ):
+        TrainingLoader(join([second, first]), config, seed=0).load_state_dict(saved)
+
+
 def test_other_classes_are_refused(picture_shards: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "source", 8, classes=2)
     build(BuildOptions(source=tmp_path / "source", out=tmp_path / "set", name="two", workers=1))

@@ -192,6 +192,20 @@ def test_a_checkpoint_of_other_classes_is_refused(undisturbed: Path, tmp_path: P
         run_here(*command(tmp_path / "set", undisturbed, "--resume", "auto"))
 
 
+def test_shard_sets_may_move(
+    picture_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("here", "there"):
+        shutil.copytree(picture_shards, tmp_path / name)
+    out = tmp_path / "run"
+    assert run_here(*command(picture_shards, out, "--steps", "3", "--extra", str(tmp_path / "here"))) == 0
+    again = command(
+        tmp_path / "here", out, "--steps", "3", "--extra", str(tmp_path / "there"), "--resume", "auto"
+    )
+    assert run_here(*again) == 0
+    assert "resumed after step 3" in capsys.readouterr().out
+
+
 def test_settings_that_change_nothing_may_differ_on_resume() -> None:
     assert (
         differences(

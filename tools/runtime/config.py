@@ -150,9 +150,11 @@ class RunConfig(BaseModel):
 
 # Settings that may differ between a checkpoint and the run that resumes it: none changes the samples, their pixels or
 # the optimiser's steps (batch_per_gpu changes what batch normalisation sees at a time, as the number of ranks does).
+# data and extra are only where the records stand: that they are the same ones is for the loader to check.
 FREE_ON_RESUME = frozenset(
     {
         "data",
+        "extra",
         "val",
         "out",
         "log_every",
