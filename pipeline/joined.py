@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import Records, Store
+from shards.store import owning
 
 
 class JoinedStore(Store):
@@ -55,16 +56,17 @@ class JoinedStore(Store):
         """As `Store.fetch`."""
         index_B = np.asarray(ids, np.int64)
         which_B = np.searchsorted(self._ends, index_B, side="right")
-        data: list[Any] = [None] * len(index_B)
+        span_B2 = np.zeros((len(index_B), 2), np.int64)
+        owners: list[object] = []
         fault_B, errno_B = np.zeros(len(index_B), np.uint8), np.zeros(len(index_B), np.int32)
         for which in np.unique(which_B):
             place = np.flatnonzero(which_B == which)
             store = self.stores[which]
             records = store.fetch(index_B[place] - int(self._ends[which] - len(store)), check, copy)
             fault_B[place], errno_B[place] = records.fault, records.errno
-            for i, record in zip(place.tolist(), records.data, strict=True):
-                data[i] = record
-        return Records(data, fault_B, errno_B)
+            span_B2[place] = records.span
+            owners.append(records.span)
+        return Records(owning(span_B2, *owners), fault_B, errno_B)
 
     def location(self, index: int) -> str:
         """As `Store.location`, with the set's name where there are several."""

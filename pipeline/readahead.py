@@ -16,14 +16,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from pipeline.plan import Plan
-from shards import FAULTS, Store
+from shards import FAULTS, Records, Store
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +37,11 @@ class DamagedSampleError(ValueError):
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """A planned batch and its encoded bytes, one uint8 array per sample; damaged ones are replaced."""
+    """A planned batch and its encoded images; damaged ones are replaced."""
 
     number: int
     plan: Plan
-    data: list[U8]
+    records: Records
     damaged_B: npt.NDArray[np.bool_]
 
 
@@ -129,7 +128,7 @@ class ReadAhead:
             records = self._store.fetch(plan.sample_B, check=True)
         finally:
             self._reading.pop(number, None)
-        data: list[Any] = list(records.data)
+        grey: dict[int, U8] = {}
         damaged_B = records.fault != 0
         for i in np.flatnonzero(damaged_B).tolist():
             if records.errno[i]:
@@ -141,8 +140,8 @@ class ReadAhead:
         for i, (epoch, sample) in enumerate(zip(plan.epoch_B.tolist(), plan.sample_B.tolist(), strict=True)):
             damaged_B[i] |= (epoch, sample) in self._damage.rejected
             if damaged_B[i]:
-                data[i] = grey_jpeg(int(self._store.height[sample]), int(self._store.width[sample]))
-        return ReadBatch(number, plan, data, damaged_B)
+                grey[i] = grey_jpeg(int(self._store.height[sample]), int(self._store.width[sample]))
+        return ReadBatch(number, plan, records.replaced(grey) if grey else records, damaged_B)
 
     def reading(self) -> str:
         """Say which reads are going on, longest first, for a message about a stuck source."""

@@ -21,7 +21,7 @@ from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.plan import Plan
 from pipeline.readahead import U8, Damage, ReadAhead, ReadBatch, grey_jpeg
-from shards import Store
+from shards import Records, Store
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _Source:
             raise
         self.in_flight.append(batch)
         self._alive.append(batch)
-        return graph.feed(batch.data, batch.plan, training=self._training)
+        return graph.feed(batch.records, batch.plan, training=self._training)
 
 
 class _InUse:
@@ -163,7 +163,7 @@ class Stream:
         if not self._decodes(batch, i, grey_jpeg(height, width)):
             raise error
         culprits = [
-            (batch, i) for batch, i in suspects.values() if not self._decodes(batch, i, batch.data[i])
+            (batch, i) for batch, i in suspects.values() if not self._decodes(batch, i, batch.records.data[i])
         ]
         if not culprits:
             raise error
@@ -173,10 +173,10 @@ class Stream:
 
     def _decodes(self, batch: ReadBatch, i: int, data: U8) -> bool:
         """Whether DALI decodes a sample's window of these bytes in a graph of its own."""
-        plan = batch.plan
+        plan, records = batch.plan, Records.of([data])
         geometry = tuple(a[i : i + 1] for a in (plan.anchor_B2, plan.window_B2))
         one = (
-            [data],
+            records.span,
             *geometry,
             plan.size_B2[i : i + 1].astype(np.float32),
             plan.offset_B2[i : i + 1],

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,28 +120,20 @@ class Handles:
     def __init__(self, files: list[Path], shards: list[ShardFile], max_open: int) -> None:
         self._files, self._shards, self._max_open = files, shards, max_open
         self._start()
+        _all.add(self)
 
     def _start(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._fds: OrderedDict[int, int] = OrderedDict()
         self._users: dict[int, int] = {}
         self._mappings = Mappings(self._files, self._shards)
 
-    def _own(self) -> None:
-        # After a fork the lock may be held by a thread that does not exist here, so the child starts
-        # over; the descriptors it inherited stay the parent's business and are not closed.
-        if self._pid != os.getpid():
-            self._start()
-
     def mappings(self) -> Mappings:
         """The mappings in use; `close` replaces them, and they go when nobody holds them any more."""
-        self._own()
         return self._mappings
 
     def acquire(self, shards: Iterable[int]) -> dict[int, int]:
         """Descriptors of some shards, open until `release` of the same shards."""
-        self._own()
         fds: dict[int, int] = {}
         with self._lock:
             try:
@@ -188,8 +181,20 @@ class Handles:
 
     def close(self) -> None:
         """Close the descriptors nobody reads through and let go of the mappings; views stay valid."""
-        self._own()
         with self._lock:
             for shard in [s for s in self._fds if s not in self._users]:
                 os.close(self._fds.pop(shard))
             self._mappings = Mappings(self._files, self._shards)
+
+
+_all: weakref.WeakSet[Handles] = weakref.WeakSet()
+
+
+def _start_over() -> None:
+    # After a fork the locks may be held by threads that do not exist here. The descriptors that came along stay the
+    # parent's business and are not closed.
+    for handles in _all:
+        handles._start()
+
+
+os.register_at_fork(after_in_child=_start_over)

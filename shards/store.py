@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.handles import Handles
+from shards.handles import Handles, Mappings
 from shards.manifest import Header, Table
 from shards.native import library
 
@@ -22,17 +22,65 @@ _ALIGN = 64
 _CHUNK = 32
 
 
-@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Memory as numpy sees it, read-only; arrays made of it keep its owner alive."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], kind: str, owner: object) -> None:
+        self._owner = owner
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "shape": shape,
+            "typestr": kind,
+            "data": (address, True),
+        }
+
+
+def owning(span: npt.NDArray[np.int64], *owners: object) -> npt.NDArray[np.int64]:
+    """Addresses that keep alive what they point to, as long as anybody holds them or a part of them."""
+    return np.asarray(_Memory(span.ctypes.data, span.shape, "<i8", (span, owners)))
+
+
+@dataclass(frozen=True)
 class Records:
     """Encoded images fetched together."""
 
-    data: list[npt.NDArray[np.uint8]]
-    """One 1-D read-only view per record: of the mapped shard where its pages were in memory, else of a fresh
-    arena; what was read so far where a record is at fault."""
+    span: npt.NDArray[np.int64]
+    """(n, 2) int64: address and length in bytes of each record in this process's memory: in the mapped shard where
+    its pages were in memory, else in a fresh arena. The memory lives as long as this array."""
     fault: npt.NDArray[np.uint8]
     """(n,) uint8: 0 where the record is sound, else an index into `shards.FAULTS`."""
     errno: npt.NDArray[np.int32]
     """(n,) int32: the system's error number where reading failed, else 0."""
+
+    @cached_property
+    def data(self) -> list[npt.NDArray[np.uint8]]:
+        """One 1-D read-only uint8 view per record; what was read so far where a record is at fault."""
+        return [
+            np.asarray(_Memory(address, (length,), "|u1", self.span))
+            for address, length in self.span.tolist()
+        ]
+
+    @classmethod
+    def of(cls, data: Sequence[npt.NDArray[np.uint8]]) -> Records:
+        """Records of images in memory, taken to be sound.
+
+        Args:
+            data: the encoded bytes of each, 1-D uint8, contiguous.
+        """
+        nothing = np.zeros((len(data), 2), np.int64)
+        sound = cls(nothing, np.zeros(len(data), np.uint8), np.zeros(len(data), np.int32))
+        return sound.replaced(dict(enumerate(data)))
+
+    def replaced(self, others: Mapping[int, npt.NDArray[np.uint8]]) -> Records:
+        """The same records with other bytes in some places; faults stay as they are."""
+        span = self.span.copy()
+        for place, data in others.items():
+            if data.ndim != 1 or data.dtype != np.uint8 or not data.flags.c_contiguous:
+                raise ValueError(
+                    f"a record is 1-D uint8 and contiguous, got {data.dtype} {data.shape} for record {place}"
+                )
+            span[place] = data.ctypes.data, data.size
+        return replace(self, span=owning(span, self.span, *others.values()))
 
 
 class Store:
@@ -135,27 +183,28 @@ class Store:
         outside = (index < 0) | (index >= len(self))
         if outside.any():
             self._index(int(index[np.argmax(outside)]))
-        data: list[Any] = [None] * count
+        span = np.zeros((count, 2), dtype=np.int64)
         fault = np.zeros(count, dtype=np.uint8)
         error = np.zeros(count, dtype=np.int32)
-        cold = np.arange(count) if copy else self._take_warm(index, check, data, fault)
-        if len(cold):
-            self._read_cold(index, cold, check, data, fault, error)
-        return Records(data, fault, error)
+        mappings = self._handles.mappings()
+        cold = np.arange(count) if copy else self._take_warm(mappings, index, check, span, fault)
+        if not len(cold):
+            return Records(owning(span, mappings), fault, error)
+        arena = self._read_cold(index, cold, check, span, fault, error)
+        return Records(owning(span, mappings, arena), fault, error)
 
     def _take_warm(
         self,
+        mappings: Mappings,
         index: npt.NDArray[np.int64],
         check: bool,
-        data: list[Any],
+        span: npt.NDArray[np.int64],
         fault: npt.NDArray[np.uint8],
     ) -> npt.NDArray[np.int64]:
         """Fill in the records whose pages are in memory; returns the places of the others."""
-        mappings = self._handles.mappings()
-        shard, offset = self.shard[index], self.offset[index]
         length = self.length[index].astype(np.uint64)
-        begin = mappings.addresses(shard)
-        address = np.where(begin == 0, np.uint64(0), begin + offset)
+        begin = mappings.addresses(self.shard[index])
+        address = np.where(begin == 0, np.uint64(0), begin + self.offset[index])
         width, height = self.width[index], self.height[index]
         warm = np.zeros(len(index), dtype=np.uint8)
         library.vqsa_scan_warm(
@@ -167,13 +216,7 @@ class Store:
             fault.ctypes.data,
             warm.ctypes.data,
         )
-        places = zip(
-            np.flatnonzero(warm).tolist(),
-            *(column[warm != 0].tolist() for column in (shard, offset, length)),
-            strict=True,
-        )
-        for place, s, at, n in places:
-            data[place] = mappings.view(s)[at : at + n]
+        span[:, 0], span[:, 1] = address, length
         return np.flatnonzero(warm == 0)
 
     def _read_cold(
@@ -181,11 +224,11 @@ class Store:
         index: npt.NDArray[np.int64],
         cold: npt.NDArray[np.int64],
         check: bool,
-        data: list[Any],
+        span: npt.NDArray[np.int64],
         fault_all: npt.NDArray[np.uint8],
         error_all: npt.NDArray[np.int32],
-    ) -> None:
-        """Read the records at some places into one fresh arena."""
+    ) -> npt.NDArray[np.uint8]:
+        """Read the records at some places into one fresh arena, and return it."""
         index = index[cold]
         shard, offset = self.shard[index], self.offset[index]
         length = self.length[index].astype(np.uint64)
@@ -216,10 +259,9 @@ class Store:
                 )
             finally:
                 self._handles.release(used)
-        arena.flags.writeable = False
-        for i, a, n in zip(cold.tolist(), place.tolist(), length.tolist(), strict=True):
-            data[i] = arena[a : a + n]
+        span[cold, 0], span[cold, 1] = place + np.uint64(arena.ctypes.data), length
         fault_all[cold], error_all[cold] = fault, error
+        return arena
 
     def key(self, index: int) -> str:
         """The sample's key: its file name in the shard without the extension."""

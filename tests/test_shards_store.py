@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import multiprocessing
@@ -103,6 +104,33 @@ def test_fetch_agrees_with_read_in_any_order(store: shards.Store, copy: bool) ->
         records.data[0][0] = 0
     assert store.fetch([], copy=copy).data == []
     assert store.fetch(range(3), copy=copy).data[2].tobytes() == store.read(2).tobytes()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_memory_lives_as_long_as_its_addresses(folder: Path, copy: bool) -> None:
+    store = shards.open(folder)
+    wanted = store.read(5).tobytes()
+    span, view = store.fetch([5], copy=copy).span, store.fetch([5], copy=copy).data[0]
+    store.close()
+    del store
+    gc.collect()
+    np.full(10_000_000, 7, np.uint8)  # takes the place of memory that was let go
+    assert view.tobytes() == wanted
+    assert ctypes.string_at(*span[0].tolist()) == wanted
+
+
+def test_records_of_other_bytes(store: shards.Store) -> None:
+    records = store.fetch([3, 4])
+    other = np.frombuffer(b"other", np.uint8)
+    replaced = records.replaced({1: other})
+    assert [d.tobytes() for d in replaced.data] == [store.read(3).tobytes(), b"other"]
+    assert records.data[1].tobytes() == store.read(4).tobytes()
+    assert np.shares_memory(replaced.data[1], other)
+    assert [d.tobytes() for d in shards.Records.of([other, other[:0]]).data] == [b"other", b""]
+    assert shards.Records.of([other]).fault.tolist() == [0]
+    for wrong in (other[::2], other.reshape(1, 5), other.astype(np.int8)):
+        with pytest.raises(ValueError, match=r"a record is 1-D uint8 and contiguous, got .* for record 1"):
+            records.replaced({1: wrong})
 
 
 def test_fetch_copies_only_what_is_not_in_memory(folder: Path) -> None:

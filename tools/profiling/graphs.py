@@ -109,11 +109,11 @@ class GraphStages:
         self._config = config
         self._device_id = device_id
         self._gpu = device_id is not None
-        self._batch = len(read.data)
+        self._batch = len(read.records.span)
         self._plan = read.plan
         # AugMix works on grey levels after the graph, and normalises itself.
         self._names = STAGES[:-1] if config.augmix else STAGES
-        self._fed = graph.feed(read.data, read.plan, training=True)
+        self._fed = graph.feed(read.records, read.plan, training=True)
         self._cuts: list[Cut] = []
 
     def _cut(
@@ -275,7 +275,7 @@ def stored_smaller(read: ReadBatch, side: int) -> ReadBatch:
     JPEG quality 90, Pillow's default chroma subsampling; the windows cover the same part of each image.
     """
     data, anchor_B2, window_B2 = [], read.plan.anchor_B2.copy(), read.plan.window_B2.copy()
-    for i, encoded in enumerate(read.data):
+    for i, encoded in enumerate(read.records.data):
         image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
         scale = min(1.0, side / min(image.size))
         width, height = (max(1, round(length * scale)) for length in image.size)
@@ -288,4 +288,4 @@ def stored_smaller(read: ReadBatch, side: int) -> ReadBatch:
         anchor_B2[i] = np.minimum((anchor_B2[i] * scale).astype(np.int32), limit - 1)
         window_B2[i] = np.clip((window_B2[i] * scale).astype(np.int32), 1, limit - anchor_B2[i])
     plan = dataclasses.replace(read.plan, anchor_B2=anchor_B2, window_B2=window_B2)
-    return dataclasses.replace(read, data=data, plan=plan)
+    return dataclasses.replace(read, records=read.records.replaced(dict(enumerate(data))), plan=plan)
