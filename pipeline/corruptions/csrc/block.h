@@ -33,27 +33,22 @@ VQSA_HD Tile tile_at(const Sample& s, const TileShape& shape, int tile) {
 }
 
 #if defined(__GNUC__) && !defined(__CUDACC__)
-// Transposes an 8 x 8 matrix, rows `stride` apart, with vector shuffles, which the compiler does not
+// Transposes a 4 x 4 matrix, rows `stride` apart, with vector shuffles, which the compiler does not
 // find by itself.
-VQSA_HD void transpose_8x8(const int32_t* VQSA_RESTRICT from, int32_t* VQSA_RESTRICT to, int stride) {
-  typedef int32_t Row __attribute__((vector_size(32), aligned(4), may_alias));
-  typedef int32_t Mask __attribute__((vector_size(32)));
-  const auto in = [=](int i) { return Mask(*reinterpret_cast<const Row*>(from + i * stride)); };
-  const auto out = [=](int i) -> Row& { return *reinterpret_cast<Row*>(to + i * stride); };
-  const Mask low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
-  // Interleaving rows i and i + 4 three times moves every element to its place.
-  Mask a[8], b[8];
-  for (int i = 0; i < 4; ++i) {
-    a[2 * i] = __builtin_shuffle(in(i), in(i + 4), low);
-    a[2 * i + 1] = __builtin_shuffle(in(i), in(i + 4), high);
+VQSA_HD void transpose_4x4(const int32_t* VQSA_RESTRICT from, int32_t* VQSA_RESTRICT to, int stride) {
+  typedef int32_t Row __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef int32_t Four __attribute__((vector_size(16)));
+  const Four low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+  // Interleaving rows i and i + 2 twice moves every element to its place.
+  Four a[4], b[4];
+  for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const Row*>(from + i * stride);
+  for (int i = 0; i < 2; ++i) {
+    b[2 * i] = __builtin_shuffle(a[i], a[i + 2], low);
+    b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 2], high);
   }
-  for (int i = 0; i < 4; ++i) {
-    b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low);
-    b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high);
-  }
-  for (int i = 0; i < 4; ++i) {
-    out(2 * i) = __builtin_shuffle(b[i], b[i + 4], low);
-    out(2 * i + 1) = __builtin_shuffle(b[i], b[i + 4], high);
+  for (int i = 0; i < 2; ++i) {
+    *reinterpret_cast<Row*>(to + 2 * i * stride) = __builtin_shuffle(b[i], b[i + 2], low);
+    *reinterpret_cast<Row*>(to + (2 * i + 1) * stride) = __builtin_shuffle(b[i], b[i + 2], high);
   }
 }
 #endif
@@ -95,8 +90,11 @@ struct HostBlock {
 #if defined(__GNUC__) && !defined(__CUDACC__)
     for (int band = 0; band < bands; ++band) {
       for (int i = 0; i < blocks; ++i) {
-        const int at = 8 * band * stride + 8 * i;
-        transpose_8x8(from + at, to + at, stride);
+        const int at = 8 * band * stride + 8 * i, below = at + 4 * stride;
+        transpose_4x4(from + at, to + at, stride);
+        transpose_4x4(from + at + 4, to + below, stride);
+        transpose_4x4(from + below, to + at + 4, stride);
+        transpose_4x4(from + below + 4, to + below + 4, stride);
       }
     }
 #else
