@@ -54,6 +54,7 @@ def made(decode_ms: float = 4.0, share: float = 0.1, **settings: object) -> Prof
         verdict=Verdict(
             predicted_img_s=rate,
             measured_img_s=rate,
+            predicted_over_measured=Spread(p20=0.97, p50=1.02, p80=1.04),
             with_checkpoints_img_s=rate,
             limits=limits(stages, 2.0),
             data_wait_pct=12.5,
@@ -117,9 +118,9 @@ def test_a_profile_survives_being_written(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ('{"format": 7}', r"is no profile of format 1 \(found 7\); measure again"),
-        ("[]", "is no profile of format 1"),
-        ('{"format": 1}', r"is a damaged profile \(environment: Field required\)"),
+        ('{"format": 7}', r"is no profile of format 2 \(found 7\); measure again"),
+        ("[]", "is no profile of format 2"),
+        ('{"format": 2}', r"is a damaged profile \(environment: Field required\)"),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: str, message: str) -> None:

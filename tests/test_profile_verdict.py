@@ -127,9 +127,80 @@ def test_probes_take_turns_and_the_same_number_of_steps() -> None:
             calls.append(name)
             return 4
 
-        return Probe(name, step)
+        return Probe(name, step, prepare=lambda: calls.append("("), finish=lambda: calls.append(")"))
 
     probes = [probe("a"), probe("b")]
-    measure(probes, rounds=2, seconds=1e-9, agree=lambda steps: 2)
-    assert "".join(calls) == "aaa" + "bbb" + "aabb" * 2  # warm-up, then two rounds
-    assert all(len(p.readings) == 2 for p in probes)
+    measure(probes, rounds=3, seconds=1e-9, agree=lambda steps: 2)
+    # Warm-up, then every other round backwards.
+    assert "".join(calls) == "aa(a)" + "bb(b)" + "(aa)(bb)" + "(bb)(aa)" + "(aa)(bb)"
+    assert all(len(p.readings) == 3 for p in probes)
+    assert probes[0].of_rounds([2]).readings == probes[0].readings[2:]
+
+
+def shared_cores_s(lanes: list[tuple[float, int]], cores: int, ahead: int = 4) -> float:
+    """Return the seconds per batch of a chain of lanes, simulated: an oracle for `crowded_s`.
+
+    Args:
+        lanes: (CPU seconds of a batch, threads), each fed by the one before.
+        ahead: batches that fit between two lanes.
+    """
+    tick_s, now_s, batches = 0.002, 0.0, 300
+    done, left = [0] * len(lanes), [work for work, _ in lanes]
+    while done[-1] < batches:
+        busy = [
+            (i == 0 or done[i - 1] > done[i]) and (i + 1 == len(lanes) or done[i] - done[i + 1] < ahead)
+            for i in range(len(lanes))
+        ]
+        threads = sum(count for (_, count), on in zip(lanes, busy, strict=True) if on)
+        share = min(1.0, cores / threads)  # of a core, for each thread alike
+        for i, (work, count) in enumerate(lanes):
+            if busy[i]:
+                left[i] -= share * count * tick_s
+                if left[i] <= 0:
+                    left[i] += work
+                    done[i] += 1
+        now_s += tick_s
+    return now_s / batches
+
+
+@pytest.mark.parametrize(
+    ("graph_s", "graph_threads", "model_s", "model_threads"),
+    [
+        (0.3, 2, 1.0, 1),  # a model of one thread that the loader's threads crowd out: 1.15, not 1.0
+        (0.3, 2, 1.0, 2),  # full cores: what both need
+        (1.0, 2, 1.0, 1),
+        (0.3, 1, 1.0, 1),  # room for both
+        (2.0, 2, 0.3, 1),  # the loader is the slowest
+        (0.9, 1, 0.2, 2),
+    ],
+)
+def test_lanes_in_each_others_way(
+    graph_s: float, graph_threads: int, model_s: float, model_threads: int
+) -> None:
+    stages = [
+        stage("decode", "graph", 1000 * graph_s / graph_threads, cpu_ms=1000 * graph_s),
+        stage("forward", "model", 1000 * model_s / model_threads, cpu_ms=1000 * model_s),
+    ]
+    simulated_s = shared_cores_s([(graph_s, graph_threads), (model_s, model_threads)], cores=2)
+    assert 1 / verdict.predicted_img_s(stages, cores=2) == pytest.approx(simulated_s, rel=0.05)
+
+
+def test_copies_overlap_with_the_model() -> None:
+    model = stage("forward", "model", 5, device_ms=5)
+    hidden = [stage("copy to GPU", "copy", 3, device_ms=3), model]
+    assert verdict.predicted_img_s(hidden, cores=64) == pytest.approx(1000 / 5)
+    assert verdict.loads(hidden, cores=64)[verdict.GPU] == pytest.approx(0.005)
+    slow = verdict.limit([stage("copy to GPU", "copy", 8, device_ms=8), model], cores=64)
+    assert slow is not None
+    assert (slow.stage, slow.binding, slow.rate_img_s) == (
+        "copy to GPU",
+        "copies to the GPU",
+        pytest.approx(1000 / 8),
+    )
+    assert slow.rate_if_free_img_s == pytest.approx(1000 / 5)
+
+
+def test_a_part_is_taken_out_of_a_whole() -> None:
+    left = Spread(p20=8, p50=10, p80=12).less(Spread(p20=2, p50=3, p80=4))
+    assert left == Spread(p20=4, p50=7, p80=10)
+    assert Spread(p20=1, p50=1, p80=1).less(left) == Spread(p20=0, p50=0, p80=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ import tyro
 from accelerate import Accelerator
 from pydantic import Field
 
-from tools.profiling import clock, compare, measure, page, sweep, table, trace, trials, words
+from tools.profiling import clock, compare, measure, memory, page, sweep, table, trace, trials, words
 from tools.profiling.session import Session
 from tools.runtime.config import RunConfig, parse_command, validated
 from tools.runtime.launch import make_accelerator, set_up_log
@@ -91,6 +92,13 @@ def _arguments() -> list[str]:
     return kept
 
 
+def write(found: table.Profile, config: RunConfig, main: bool) -> None:
+    """Write the files of the run's folder; the main process does."""
+    if main:
+        table.write(found, config.out / "profile.json")
+        (config.out / "profile.html").write_text(page.page(found))
+
+
 def profile(command: ProfileCommand) -> None:
     """Measure, print, and write the files."""
     config = run_config(command)
@@ -114,14 +122,21 @@ def profile(command: ProfileCommand) -> None:
             return
         found = measure.run(session)
         session.watch.detach()
-        if command.try_changes:
-            found = found.model_copy(update={"trials": trials.run(session)})
-        over = {
+        # Written again after each result: none is lost if a later one runs out of memory or the user stops.
+        write(found, config, main)
+        for trial in trials.run(session) if command.try_changes else ():
+            found = found.model_copy(update={"trials": [*found.trials, trial]})
+            write(found, config, main)
+        over: dict[str, Callable[[], Iterator[table.Sweep]]] = {
             "batch": lambda: sweep.over_batches(session),
             "threads": lambda: sweep.over_threads(session),
             "ranks": lambda: sweep.over_ranks(session, _arguments()),
         }
-        found = found.model_copy(update={"sweeps": [over[setting]() for setting in command.sweep]})
+        for setting in command.sweep:
+            done = found.sweeps
+            for so_far in over[setting]():
+                found = found.model_copy(update={"sweeps": [*done, so_far]})
+                write(found, config, main)
         if command.trace:
             trace.write(session.work, config.out / "trace.json")
     finally:
@@ -130,9 +145,6 @@ def profile(command: ProfileCommand) -> None:
     if not main:
         return
     print(words.everything(found))
-    config.out.mkdir(parents=True, exist_ok=True)
-    table.write(found, config.out / "profile.json")
-    (config.out / "profile.html").write_text(page.page(found))
     print(f"written: {config.out / 'profile.json'}, {config.out / 'profile.html'}")
 
 
@@ -148,6 +160,13 @@ def main() -> None:
         profile(command)
     except (ValueError, OSError) as error:
         sys.exit(f"profile_throughput.py: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        sys.exit(
+            f"profile_throughput.py: memory ran out while measuring ({error}); what was measured before is in "
+            f"{command.out}. Say a smaller --pipeline.batch-per-gpu"
+        )
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

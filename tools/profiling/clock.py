@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from tools.profiling.table import Spread
+from tools.profiling.table import Lane, Spread, Stage
 
 
 def settle(limit_s: float = 2.0) -> None:
@@ -21,6 +21,10 @@ def settle(limit_s: float = 2.0) -> None:
         time.sleep(0.02)
         if time.process_time() - began_s < 0.002:
             return
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class Probe:
     step: does it once and returns the images it did it for.
     device: whether its work is queued on torch's stream, so that CUDA events can time it.
     prepare: brings what it measures into the state of a long run; called before each measurement.
+    finish: takes down what the steps left behind; called after each measurement, once the device is done.
     """
 
     name: str
     step: Callable[[], int]
     device: bool = False
     prepare: Callable[[], None] = settle
+    finish: Callable[[], None] = nothing
     readings: list[Reading] = field(default_factory=list)
 
     def wall(self) -> Spread:
@@ -59,6 +65,21 @@ class Probe:
         """GPU seconds per image; None on a CPU."""
         values = [reading.device_s for reading in self.readings if reading.device_s is not None]
         return Spread.of(values) if values else None
+
+    def stage(self, lane: Lane, name: str = "", note: str = "") -> Stage:
+        """Return what was measured as a stage."""
+        return Stage(
+            name=name or self.name,
+            lane=lane,
+            wall_s=self.wall(),
+            cpu_s=self.cpu(),
+            device_s=self.on_device(),
+            note=note,
+        )
+
+    def of_rounds(self, turns: Sequence[int]) -> Probe:
+        """Return the probe with the readings of these rounds only."""
+        return replace(self, readings=[self.readings[turn] for turn in turns])
 
 
 WARM_UP = 3  # calls of each probe before the first that counts
@@ -78,9 +99,13 @@ def _once(probe: Probe, steps: int) -> Reading:
         images += probe.step()
     if timed:
         events[1].record()
+        # Only what queueing took: waiting for the device keeps a core busy with nothing.
+        cpu_s = time.process_time() - cpu_s
     if cuda:
         torch.cuda.synchronize()
-    wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
+    wall_s = time.perf_counter() - began_s
+    if not timed:
+        cpu_s = time.process_time() - cpu_s
     device_s = events[0].elapsed_time(events[1]) / 1000 / images if timed else None
     return Reading(wall_s / images, cpu_s / images, device_s)
 
@@ -95,6 +120,8 @@ def measure(
 ) -> None:
     """Fill the probes' readings: each is warmed up, then all take turns for `rounds` rounds.
 
+    Every other round goes backwards, so that a machine that gets steadily slower or faster does so for all.
+
     Args:
         seconds: least length of one measurement.
         agree: makes all processes take the same number of steps.
@@ -108,9 +135,11 @@ def measure(
             images = probe.step()
         probe.prepare()
         one_s = _once(probe, 1).wall_s * images
+        probe.finish()
         steps[probe.name] = agree(max(1, math.ceil(seconds / max(one_s, 1e-6))))
     for turn in range(rounds):
-        for probe in probes:
+        for probe in reversed(probes) if turn % 2 else probes:
             progress(f"{probe.name}, {turn + 1} of {rounds}")
             probe.prepare()
             probe.readings.append(_once(probe, steps[probe.name]))
+            probe.finish()

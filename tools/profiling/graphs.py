@@ -1,6 +1,6 @@
 """Times the stages of the DALI graph: each alone on data that is there already, and one after another.
 
-Alone means: a graph of this one stage, with the threads of the run, fed the same batch again and again (the
+Alone means: a graph of this one stage, with the threads of the run, fed the same few batches again and again (the
 loader's own output of the stage before). Combined means: the run's graph cut off after a stage.
 On a GPU the stages alone are differences between graphs cut off later and earlier, since feeding them would
 add copies.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.config import PipelineConfig
 from pipeline.corruptions import dali_operator, kind_id
 from pipeline.readahead import ReadBatch
 from tools.profiling.clock import Probe
-from tools.profiling.table import Spread, Stage
+from tools.profiling.table import Stage
 
 fn = graph.fn
 
@@ -30,14 +31,20 @@ STAGES = ("feed", "decode", "resize + flip", "corrupt", "normalise")
 SMALL_SIDE = 256  # shorter side that ImageNet is often stored at
 DECODE_SMALL = f"decode, stored at {SMALL_SIDE} px"
 _SEVERITY = 3  # of single kinds: the middle
+# Images whose mean stands for all: kinds, windows and image sizes differ in cost by ten times and more, so that
+# one small batch says little about the next.
+_SAMPLE = 256
+
+Inputs = Sequence[Any]
+"""What is fed for one batch: a list of arrays or a (B, ...) array for each input."""
 
 
 class Cut:
-    """A DALI pipeline that runs one batch a call; on a CPU nothing ahead of it.
+    """A DALI pipeline that runs one batch a call, one after the other in turn; on a CPU nothing ahead of it.
 
     Args:
         build: makes the outputs inside the pipeline from the fed inputs.
-        inputs: what is fed: lists of arrays or (B, ...) arrays.
+        batches: what is fed.
         kinds: (DALI type, dimensions of a sample) of each input.
         batch: samples.
         threads: DALI's.
@@ -47,17 +54,16 @@ class Cut:
     def __init__(
         self,
         build: Callable[..., Sequence[Any]],
-        inputs: Sequence[Any],
+        batches: Sequence[Inputs],
         kinds: Sequence[tuple[Any, int]],
         *,
         batch: int,
         threads: int,
         device_id: int | None,
     ) -> None:
-        self.inputs = list(inputs)
-        self._batch = batch
-        # A list, not self: a source that knew the pipeline would keep its threads alive for ever.
-        fed = self.inputs
+        self._batch, self._batches = batch, len(batches)
+        # Not self: a source that knew the pipeline would keep its threads alive for ever.
+        turns = itertools.cycle([tuple(inputs) for inputs in batches])
         # On a GPU the host's part of decoding overlaps with the device's, as it does in the run.
         alone: dict[str, Any] = {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}
         options = alone if device_id is None else {}
@@ -65,8 +71,8 @@ class Cut:
         dtypes, ndims = (list(column) for column in zip(*kinds, strict=True))
         with self._pipe:
             nodes = fn.external_source(
-                source=lambda: tuple(fed),
-                num_outputs=len(fed),
+                source=lambda: next(turns),
+                num_outputs=len(kinds),
                 batch=True,
                 no_copy=True,
                 dtype=dtypes,
@@ -76,19 +82,20 @@ class Cut:
         self._pipe.build()
 
     def run(self) -> Any:
-        """Run the batch and return DALI's outputs."""
+        """Run the next batch and return DALI's outputs."""
         return self._pipe.run()
 
     def step(self) -> int:
-        """Run the batch and return its images."""
+        """Run the next batch and return its images."""
         self._pipe.run()
         return self._batch
 
-    def arrays(self) -> list[np.ndarray[Any, Any]]:
-        """Run the batch and return copies of the first output, image by image."""
-        (out, *_) = self.run()
-        out = out.as_cpu() if hasattr(out, "as_cpu") else out
-        return [np.array(out.at(i)) for i in range(self._batch)]
+    def arrays(self) -> Iterator[list[np.ndarray[Any, Any]]]:
+        """Run every batch once and yield copies of its first output, image by image."""
+        for _ in range(self._batches):
+            (out, *_) = self.run()
+            out = out.as_cpu() if hasattr(out, "as_cpu") else out
+            yield [np.array(out.at(i)) for i in range(self._batch)]
 
     def close(self) -> None:
         """Let the pipeline go."""
@@ -96,32 +103,35 @@ class Cut:
 
 
 class GraphStages:
-    """The graph's stages over one batch.
+    """The graph's stages over some batches.
 
     Args:
         config: the run's data settings.
-        read: a batch with its plan.
+        reads: batches with their plans, all of one size.
         device_id: CUDA device, or None for the CPU.
     """
 
-    def __init__(self, config: PipelineConfig, read: ReadBatch, device_id: int | None) -> None:
+    def __init__(self, config: PipelineConfig, reads: Sequence[ReadBatch], device_id: int | None) -> None:
         dali_operator.load()
         self._config = config
         self._device_id = device_id
         self._gpu = device_id is not None
-        self._batch = len(read.records.span)
-        self._plan = read.plan
+        self._batch = len(reads[0].records.span)
+        self._plans = [read.plan for read in reads]
         # AugMix works on grey levels after the graph, and normalises itself.
         self._names = STAGES[:-1] if config.augmix else STAGES
-        self._fed = graph.feed(read.records, read.plan, training=True)
+        self._fed = [graph.feed(read.records, read.plan, training=True) for read in reads]
         self._cuts: list[Cut] = []
 
     def _cut(
-        self, build: Callable[..., Sequence[Any]], inputs: Sequence[Any], kinds: Sequence[tuple[Any, int]]
+        self,
+        build: Callable[..., Sequence[Any]],
+        batches: Sequence[Inputs],
+        kinds: Sequence[tuple[Any, int]],
     ) -> Cut:
         cut = Cut(
             build,
-            inputs,
+            batches,
             kinds,
             batch=self._batch,
             threads=self._config.threads,
@@ -152,16 +162,18 @@ class GraphStages:
 
         # Of what the source hands over; the encoded bytes are not copied, so feeding them costs nothing.
         used = slice(1, 8) if depth == 0 else slice((0, 3, 5, 8, 8)[depth])
-        return self._cut(build, self._fed[used], graph.TRAINING_INPUTS[used])
+        return self._cut(build, [fed[used] for fed in self._fed], graph.TRAINING_INPUTS[used])
 
-    def alone(self) -> list[Probe]:
-        """Return a probe for each stage alone, and for each corruption kind (CPU)."""
-        config, plan = self._config, self._plan
-        windows = self.until("decode").arrays()
-        crops_u8_BHWC = np.stack(self.until("resize + flip").arrays())
+    def alone(self, with_kinds: bool) -> list[Probe]:
+        """Return a probe for each stage alone, and where wanted for each corruption kind (CPU)."""
+        config, plans = self._config, self._plans
+        windows = list(self.until("decode").arrays())
+        crops = [np.stack(images) for images in self.until("resize + flip").arrays()]
         pixels, whole, label = (types.UINT8, 3), (types.INT32, 0), (types.INT64, 0)
-        key = plan.key_B.view(np.int64)
-        planned = (crops_u8_BHWC, plan.kind_B, plan.severity_B, key)
+        planned = [
+            (crops_u8_BHWC, plan.kind_B, plan.severity_B, plan.key_B.view(np.int64))
+            for crops_u8_BHWC, plan in zip(crops, plans, strict=True)
+        ]
 
         def corrupted(image: Any, kind: Any, severity: Any, key: Any) -> Any:
             return [graph.corrupt(config, image, kind, severity, key)]
@@ -174,7 +186,10 @@ class GraphStages:
                 "resize + flip",
                 self._cut(
                     lambda image, size, flip: [fn.flip(graph.resize(image, size), horizontal=flip)],
-                    (windows, self._fed[3], plan.flip_B),
+                    [
+                        (images, fed[3], plan.flip_B)
+                        for images, fed, plan in zip(windows, self._fed, plans, strict=True)
+                    ],
                     [pixels, (types.FLOAT, 1), whole],
                 ).step,
             ),
@@ -183,29 +198,26 @@ class GraphStages:
         if "normalise" in self._names:
             normalised = self._cut(
                 lambda image: [graph.normalise(config, image) for _ in range(1 + config.paired)],
-                (crops_u8_BHWC,),
+                [(crops_u8_BHWC,) for crops_u8_BHWC in crops],
                 [pixels],
             )
             probes.append(Probe("normalise", normalised.step))
-        if config.kinds:
-            probes += self._kinds(crops_u8_BHWC, key, self._cut(corrupted, planned, corrupt))
-        return probes
-
-    def _kinds(self, crops_u8_BHWC: Any, key: Any, cut: Cut) -> list[Probe]:
-        def step(kind: str) -> int:
+        if with_kinds:
             same = np.ones(self._batch, np.int32)
-            cut.inputs[:] = [crops_u8_BHWC, same * kind_id(kind), same * _SEVERITY, key]
-            return cut.step()
-
-        return [Probe(f"corrupt: {kind}", lambda kind=kind: step(kind)) for kind in self._config.kinds]  # type: ignore[misc]
+            for kind in config.kinds:
+                one_kind = [
+                    (image, same * kind_id(kind), same * _SEVERITY, key) for image, _, _, key in planned
+                ]
+                probes.append(Probe(f"corrupt: {kind}", self._cut(corrupted, one_kind, corrupt).step))
+        return probes
 
     def combined(self) -> list[Probe]:
         """Return a probe for the graph cut off after each stage."""
         return [Probe(f"up to {name}", self.until(name).step) for name in self._names[1:]]
 
-    def decode_of(self, read: ReadBatch, name: str) -> Probe:
-        """Return a probe of decoding another batch of as many images."""
-        other = GraphStages(self._config, read, self._device_id)
+    def decode_of(self, reads: Sequence[ReadBatch], name: str) -> Probe:
+        """Return a probe of decoding other batches of as many images."""
+        other = GraphStages(self._config, reads, self._device_id)
         cut = other.until("decode")
         self._cuts.append(cut)
         return Probe(name, cut.step)
@@ -216,57 +228,40 @@ class GraphStages:
             cut.close()
 
 
+def sample_batches(batch: int) -> int:
+    """Return how many batches of this size make up a sample of images that stands for all."""
+    return -(-_SAMPLE // batch)
+
+
 def stages(measured: dict[str, Probe], gpu: bool) -> list[Stage]:
-    """Return the stages of the graph's lane, the single kinds, and the combinations."""
-    names = [name for name in STAGES if f"up to {name}" in measured]
-    combined = [f"up to {name}" for name in names]
-    found: list[Stage] = []
+    """Return the stages of the graph's lane, and of the single kinds and combinations those that were measured."""
+    combined = [name for name in measured if name.startswith("up to ")]
+    feed = measured["feed"]
+    found: list[Stage] = [feed.stage("graph")]
     if gpu:
-        before = measured["feed"].wall()
-        found.append(Stage(name="feed", lane="graph", wall_s=before, cpu_s=measured["feed"].cpu()))
-        before_cpu = measured["feed"].cpu()
-        for name, cut in zip(names, combined, strict=True):
+        before, before_cpu = feed.wall(), feed.cpu()
+        for cut in combined:
+            name = cut.removeprefix("up to ")
             wall, cpu = measured[cut].wall(), measured[cut].cpu()
-            time_s, cpu_s = _difference(wall, before), _difference(cpu, before_cpu)
+            time_s, cpu_s = wall.less(before), cpu.less(before_cpu)
             note = "difference of two graphs; GPU time at most this"
             found.append(
                 Stage(name=name, lane="graph", wall_s=time_s, cpu_s=cpu_s, device_s=time_s, note=note)
             )
             before, before_cpu = wall, cpu
     else:
-        found = [
-            Stage(name=name, lane="graph", wall_s=measured[name].wall(), cpu_s=measured[name].cpu())
-            for name in ("feed", *names)
-        ]
+        found += [measured[name].stage("graph") for name in STAGES[1:] if name in measured]
     for name, probe in measured.items():
         if name == DECODE_SMALL:
             wall, cpu = probe.wall(), probe.cpu()
             if gpu:
-                wall, cpu = (
-                    _difference(wall, measured["feed"].wall()),
-                    _difference(cpu, measured["feed"].cpu()),
-                )
+                wall, cpu = wall.less(feed.wall()), cpu.less(feed.cpu())
             note = "the same windows of images stored smaller"
             found.append(Stage(name=name, lane="shown", wall_s=wall, cpu_s=cpu, note=note))
         if name.startswith("corrupt: "):
-            note = f"all images, severity {_SEVERITY}"
-            found.append(Stage(name=name, lane="shown", wall_s=probe.wall(), cpu_s=probe.cpu(), note=note))
-    found += [
-        Stage(
-            name=name, lane="shown", wall_s=measured[name].wall(), cpu_s=measured[name].cpu(), note="combined"
-        )
-        for name in combined
-    ]
+            found.append(probe.stage("shown", note=f"all images, severity {_SEVERITY}"))
+    found += [measured[name].stage("shown", note="combined") for name in combined]
     return found
-
-
-def _difference(later: Spread, earlier: Spread) -> Spread:
-    """Return later - earlier, at least zero; the ends of the spread are the worst cases."""
-    return Spread(
-        p20=max(0.0, later.p20 - earlier.p80),
-        p50=max(0.0, later.p50 - earlier.p50),
-        p80=max(0.0, later.p80 - earlier.p20),
-    )
 
 
 def stored_smaller(read: ReadBatch, side: int) -> ReadBatch:

@@ -9,26 +9,33 @@ import time
 
 import torch
 
+from tools.profiling.clock import Probe
+from tools.profiling.table import Spread
 
-def cores_available(seconds: float = 0.2) -> float:
-    """Return how many CPU cores this process gets when it asks for all: CPU seconds per second.
 
-    Counts what affinity, quotas, other programs and other ranks leave, which no setting tells.
-    """
+def spin(seconds: float = 0.2) -> int:
+    """Keep every CPU core busy; returns 1, so that it can be measured by a probe."""
     stop_s = time.perf_counter() + seconds
     block = bytes(1 << 20)
 
-    def spin() -> None:
+    def work() -> None:
         while time.perf_counter() < stop_s:
             hashlib.sha256(block)  # without the interpreter lock
 
-    threads = [threading.Thread(target=spin) for _ in range(len(os.sched_getaffinity(0)))]
-    cpu_s, began_s = time.process_time(), time.perf_counter()
+    threads = [threading.Thread(target=work) for _ in range(len(os.sched_getaffinity(0)))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return (time.process_time() - cpu_s) / (time.perf_counter() - began_s)
+    return 1
+
+
+def cores_of(spinning: Probe) -> float:
+    """Return how many CPU cores this process gets when it asks for all: CPU seconds per second of `spin`.
+
+    Counts what affinity, quotas, other programs and other ranks leave, which no setting tells.
+    """
+    return Spread.of([reading.cpu_s / reading.wall_s for reading in spinning.readings]).p50
 
 
 def matmul_peak_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

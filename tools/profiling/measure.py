@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from pipeline.readahead import Damage, ReadAhead, ReadBatch
 from tools.profiling import graphs, model_stages, reading
-from tools.profiling.clock import WARM_UP, Probe, measure
-from tools.profiling.machine import cores_available, matmul_peak_tflops
+from tools.profiling.clock import Probe, measure
+from tools.profiling.machine import cores_of, matmul_peak_tflops, spin
 from tools.profiling.model_stages import CHECKPOINT
 from tools.profiling.session import Session
 from tools.profiling.suggest import suggestions, worth_resizing
 from tools.profiling.table import Machine, Profile, Span, Spread, Stage, Verdict
-from tools.profiling.verdict import limits, predicted_img_s
+from tools.profiling.verdict import GPU, limits, loads, predicted_img_s
 from tools.runtime.config import flatten
 from tools.runtime.device import loader_device_id
 from tools.runtime.environment import environment
@@ -26,40 +27,39 @@ _CHECKPOINTS = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run(session: Session, *, with_checkpoint: bool = True) -> Profile:
-    """Measure every stage, the loader, the model and both, and return the profile."""
+def run(session: Session, *, with_checkpoint: bool = True, with_parts: bool = True) -> Profile:
+    """Measure every stage, the loader, the model and both, and return the profile.
+
+    Args:
+        with_checkpoint: write checkpoints and time them.
+        with_parts: also what is only shown: single corruption kinds, the graph's stages combined, smaller images.
+    """
     work, config, gpu = session.work, session.config, session.gpu
-    read = _one_batch(session)
-    cut = graphs.GraphStages(config.pipeline, read, loader_device_id(work.device))
+    reads = _some_batches(session)
+    cut = graphs.GraphStages(config.pipeline, reads, loader_device_id(work.device))
     try:
         parts = [*reading.probes(session.reader)]
-        parts += [Probe("feed", cut.until("feed").step)] if gpu else cut.alone()
-        parts += cut.combined()
-        if worth_resizing(config.pipeline, session.store):
-            smaller = graphs.stored_smaller(read, graphs.SMALL_SIDE)
+        parts += [Probe("feed", cut.until("feed").step)] if gpu else cut.alone(with_kinds=with_parts)
+        parts += cut.combined() if gpu or with_parts else []
+        if with_parts and worth_resizing(config.pipeline, session.store):
+            smaller = [graphs.stored_smaller(read, graphs.SMALL_SIDE) for read in reads]
             parts.append(cut.decode_of(smaller, graphs.DECODE_SMALL))
         calls = {"codebook search": work.search(), "copy to GPU": work.copy(), "AugMix": work.augmix()}
         if work.ranks > 1:
             calls["all-reduce"] = work.all_reduce
-        extra = {name: Probe(name, call, device=True) for name, call in calls.items() if call is not None}
-        whole = {
-            "loader alone": session.loader_probe(),
-            "model alone": session.model_probe("model alone", lambda: work.train_step(work.synthetic)),
-            "both": session.both_probe(),
-        }
-        steps = list(whole.values())
+        extra = [Probe(name, call, device=True) for name, call in calls.items() if call is not None]
+        whole = [
+            session.loader_probe(),
+            session.model_probe("model alone", lambda: work.train_step(work.synthetic)),
+            session.both_probe(),
+        ]
         if work.ranks > 1:
-            steps.append(session.model_probe("not averaged", work.unsynchronised_step))
-        cores: list[float] = []
-
-        def count_cores() -> int:
-            cores.append(cores_available())
-            return 1
-
+            whole.append(session.model_probe("not averaged", work.unsynchronised_step))
+        cores = Probe("cores", spin)
         cold = session.reader.cold(max(3, session.rounds), session.progress)
         resident = session.reader.resident()
         measure(
-            [*parts, *extra.values(), *steps, Probe("cores", count_cores)],
+            [*parts, *extra, *whole, cores],
             rounds=session.rounds,
             seconds=session.seconds,
             agree=session.agree,
@@ -67,29 +67,48 @@ def run(session: Session, *, with_checkpoint: bool = True) -> Profile:
         )
     finally:
         cut.close()
-    measured = {probe.name: probe for probe in parts}
-    found = reading.stages(measured, cold, resident)
-    found += graphs.stages(measured, gpu)
-    found += model_stages.stages(
-        session.steps["model alone"][WARM_UP:],
-        work.loader.micros * work.batch,
-        extra=extra,
-        unsynchronised=session.steps["not averaged"][WARM_UP:],
-        checkpoint_s=_checkpoints(session) if with_checkpoint else [],
-        checkpoint_every=config.checkpoint_every,
-        gpu=gpu,
+    checkpoint_s = _checkpoints(session) if with_checkpoint else []
+
+    def stages_of(turns: Sequence[int]) -> list[Stage]:
+        measured, beside = (
+            {probe.name: probe.of_rounds(turns) for probe in probes} for probes in (parts, extra)
+        )
+        alone, not_averaged = (
+            [session.steps[name][1 + turn] for turn in turns] if session.steps[name] else []
+            for name in ("model alone", "not averaged")
+        )
+        found = reading.stages(measured, cold, resident)
+        found += graphs.stages(measured, gpu)
+        return found + model_stages.stages(
+            alone,
+            work.loader.micros * work.batch,
+            extra=beside,
+            unsynchronised=not_averaged,
+            checkpoint_s=checkpoint_s,
+            checkpoint_every=config.checkpoint_every,
+            gpu=gpu,
+        )
+
+    def predicted(turns: Sequence[int]) -> float:
+        counted = [stage for stage in stages_of(turns) if stage.name != CHECKPOINT]
+        return predicted_img_s(counted, cores_of(cores.of_rounds(turns)), work.ranks)
+
+    everything = range(session.rounds)
+    both = whole[2]
+    off = [predicted([turn]) * both.readings[turn].wall_s / work.ranks for turn in everything]
+    rates = {probe.name: session.rate(probe) for probe in whole[:3]}
+    return _conclude(
+        session, stages_of(everything), rates, cores_of(cores), predicted(everything), Spread.of(off)
     )
-    rates = {name: session.rate(probe) for name, probe in whole.items()}
-    return _conclude(session, found, rates, Spread.of(cores).p50)
 
 
-def _one_batch(session: Session) -> ReadBatch:
-    """Return a planned batch with its bytes, read as the loader reads."""
+def _some_batches(session: Session) -> list[ReadBatch]:
+    """Return planned batches with their bytes, read as the loader reads; enough to stand for all."""
     ahead = ReadAhead(
         session.work.records, session.reader.plan_at, Damage(session.store, "replace"), threads=1, depth=1
     )
     try:
-        return ahead.read(0)
+        return [ahead.read(number) for number in range(graphs.sample_batches(session.work.batch))]
     finally:
         ahead.close()
 
@@ -130,7 +149,14 @@ def timeline(session: Session) -> list[Span]:
     return spans
 
 
-def _conclude(session: Session, found: list[Stage], rates: dict[str, Spread], cores: float) -> Profile:
+def _conclude(
+    session: Session,
+    found: list[Stage],
+    rates: dict[str, Spread],
+    cores: float,
+    predicted: float,
+    predicted_over_measured: Spread,
+) -> Profile:
     work, config, gpu = session.work, session.config, session.gpu
     session.progress("matrix products")
     peaks = {
@@ -148,13 +174,14 @@ def _conclude(session: Session, found: list[Stage], rates: dict[str, Spread], co
     )
     gflop = work.gflop_per_image()
     rate = rates["both"].p50
-    wall_s, waited_s, cpu_s = (sum(column) for column in zip(*session.wholes[WARM_UP:], strict=True))
-    gpu_s = sum(s.device_s.p50 for s in found if s.counts and s.device_s is not None)
+    wall_s, waited_s, cpu_s = (sum(column) for column in zip(*session.wholes[1:], strict=True))
+    gpu_s = loads(found, cores)[GPU]
     saving_s = sum(s.wall_s.p50 for s in found if s.name == CHECKPOINT and s.wall_s is not None)
     whole_rate = 1 / (1 / rate + saving_s / work.ranks)
     verdict = Verdict(
-        predicted_img_s=predicted_img_s([s for s in found if s.name != CHECKPOINT], cores, work.ranks),
+        predicted_img_s=predicted,
         measured_img_s=rate,
+        predicted_over_measured=predicted_over_measured,
         with_checkpoints_img_s=whole_rate,
         limits=limits(found, cores, work.ranks),
         data_wait_pct=100 * waited_s / wall_s,

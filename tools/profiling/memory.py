@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from nvidia.dali import backend
 from torch import Tensor
 
 import model
@@ -20,6 +21,8 @@ from tools.runtime.optim import autocast_dtype
 # Allowance for what the backward pass and oneDNN's scratch need on top of what is kept.
 _WORKSPACE = 1.3
 _GIB = 2**30
+# What DALI says when it runs out: a plain RuntimeError, whose words alone tell.
+_DALI_SAYS = ("out of memory", "CUDA allocation failed", "cudaErrorMemoryAllocation", "std::bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,44 @@ def estimate(config: RunConfig, classes: int) -> Need:
     return Need(fixed, per_image)
 
 
-def largest_fitting(fits: Callable[[int], bool], wanted: int) -> int:
-    """Return the largest batch up to `wanted` that fits, by bisection; 0 if not even one image does."""
+def ran_out(error: BaseException) -> bool:
+    """Return whether an error of torch, DALI or Python says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _DALI_SAYS)
+
+
+def release() -> None:
+    """Give the GPU memory that torch and DALI keep for later back; nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
+
+
+def fits(step: Callable[[], object], agree: Callable[[int], int]) -> bool:
+    """Try a step; returns whether memory was enough for it on every process. Called on all of them.
+
+    Args:
+        step: waits for no other process: one that ran out of memory would be waited for in vain.
+        agree: returns the largest number that any process has.
+    """
+    try:
+        step()
+        short = False
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        short = True
+    # Only now does nothing of the failed step hold memory any more.
+    release()
+    return not agree(int(short))
+
+
+def largest_fitting(fits: Callable[[int], bool], wanted: int, known: int = 0) -> int:
+    """Return the largest batch up to `wanted` that fits, by bisection; `known`, which does, if no larger one does."""
     if fits(wanted):
         return wanted
-    low, high = 0, wanted
+    low, high = known, wanted
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -116,23 +152,15 @@ def check_cpu(config: RunConfig, classes: int, ranks: int, batch: int, available
         raise refuse(config, ranks, batch, need.largest(limit), what)
 
 
-def check_gpu(config: RunConfig, ranks: int, batch: int, step: Callable[[int], object]) -> None:
-    """Raise ValueError if a training step of the batch runs out of GPU memory.
+def check_gpu(
+    config: RunConfig, ranks: int, batch: int, step: Callable[[int], object], agree: Callable[[int], int]
+) -> None:
+    """Raise ValueError, on all processes, if a training step of the batch runs out of GPU memory on any.
 
     Args:
-        step: makes one training step on synthetic images of the given number.
+        step: makes one training step on synthetic images of the given number; waits for no other process.
+        agree: returns the largest number that any process has.
     """
-
-    def fits(images: int) -> bool:
-        try:
-            step(images)
-            fine = True
-        except torch.cuda.OutOfMemoryError:
-            fine = False
-        # Only now does nothing of the failed step hold memory any more.
-        torch.cuda.empty_cache()
-        return fine
-
-    largest = largest_fitting(fits, batch)
+    largest = largest_fitting(lambda images: fits(lambda: step(images), agree), batch)
     if largest < batch:
         raise refuse(config, ranks, batch, largest, "the GPU ran out of it in a training step")

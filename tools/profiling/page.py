@@ -9,7 +9,7 @@ from tools.figures.page import page as whole
 from tools.profiling import words
 from tools.profiling.table import LANE_WORDS, Profile, Span, Spread, Stage, Sweep
 
-_COLOUR = {"read": "#56b4e9", "graph": "#0072b2", "model": "#e69f00"}
+_COLOUR = {"read": "#56b4e9", "graph": "#0072b2", "copy": "#cc79a7", "model": "#e69f00"}
 _MEASURED, _PREDICTED, _BETTER, _TRIED = "#0072b2", "#56b4e9", "#009e73", "#cc79a7"
 _PIECE = {
     "data wait": "#d55e00",
@@ -61,6 +61,8 @@ def waterfall(profile: Profile) -> str:
     limiting = profile.verdict.limits[0].stage if profile.verdict.limits else ""
     parts = []
     for lane, lane_words in LANE_WORDS.items():
+        if not any(stage.lane == lane for stage in counted):
+            continue
         parts.append(note(f"{lane_words}: {1000 * lengths[lane]:.3g} ms per image"))
         at_s = 0.0
         for stage in counted:
@@ -87,7 +89,11 @@ def rates(profile: Profile) -> str:
     rows = [(name, spread.p50, _MEASURED, _range(spread)) for name, spread in profile.rates_img_s.items()]
     rows.append(("predicted from stages", v.predicted_img_s, _PREDICTED, ""))
     rows += [(f"without {x.stage}", x.rate_if_free_img_s, _BETTER, "predicted") for x in v.limits[:1]]
-    rows += [(t.change.replace("--pipeline.", ""), t.rate_img_s.p50, _TRIED, "tried") for t in profile.trials]
+    rows += [
+        (t.change.replace("--pipeline.", ""), t.rate_img_s.p50, _TRIED, "tried")
+        for t in profile.trials
+        if t.rate_img_s is not None
+    ]
     most = max(rate for _, rate, _, _ in rows)
     return "".join(
         _bar(name, 0, 100 * rate / most, colour, f"{rate:.4g} {note}") for name, rate, colour, note in rows

@@ -136,7 +136,7 @@ def stages(measured: dict[str, Probe], cold: list[Reading], resident: float | No
     known = "the system does not tell what is in the page cache; taken as warm"
     note = known if resident is None else f"{100 * share:.0f} % of the set is in the page cache"
     return [
-        Stage(name="plan", lane="read", wall_s=measured["plan"].wall(), cpu_s=measured["plan"].cpu()),
+        measured["plan"].stage("read"),
         Stage(
             name="read",
             lane="read",
@@ -144,8 +144,6 @@ def stages(measured: dict[str, Probe], cold: list[Reading], resident: float | No
             cpu_s=mixed(warm.cpu(), cold_cpu),
             note=note,
         ),
-        Stage(
-            name="read, warm", lane="shown", wall_s=warm.wall(), cpu_s=warm.cpu(), note="from the page cache"
-        ),
+        warm.stage("shown", note="from the page cache"),
         Stage(name="read, cold", lane="shown", wall_s=cold_wall, cpu_s=cold_cpu, note="from the disk"),
     ]

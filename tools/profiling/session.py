@@ -14,7 +14,7 @@ from pipeline.joined import join
 from pipeline.loader import TrainingLoader
 from tools.profiling import memory, reading
 from tools.profiling.attached import Step, StepProfile
-from tools.profiling.clock import Probe
+from tools.profiling.clock import Probe, settle
 from tools.profiling.machine import available_bytes
 from tools.profiling.table import Spread
 from tools.profiling.workload import Workload
@@ -62,10 +62,10 @@ class Session:
         if self.gpu:
             self._check_gpu()
         self.watch = StepProfile(self.work.net, self.work.optimizer, self.work.synthetic, steps=2**62, skip=0)
-        self.steps: dict[str, list[Step]] = {"model alone": [], "not averaged": []}
-        """Watched steps on synthetic data, by probe."""
+        self.steps: dict[str, list[list[Step]]] = {"model alone": [], "not averaged": []}
+        """Watched steps on synthetic data, by probe and measurement; the first measurement is warm-up."""
         self.wholes: list[tuple[float, float, float]] = []
-        """(seconds, seconds waited for data, CPU seconds) of each whole training step."""
+        """(seconds, seconds waited for data, CPU seconds) of each measurement of whole training steps; likewise."""
         self._loader_s: float | None = None  # per image, alone
 
     def _check_gpu(self) -> None:
@@ -73,11 +73,11 @@ class Session:
 
         def step(images: int) -> object:
             try:
-                return work.train_step(work.synthetic.first(images))
+                return work.lone_step(work.synthetic.first(images))
             finally:
                 work.optimizer.zero_grad()
 
-        memory.check_gpu(self.config, work.ranks, work.batch, step)
+        memory.check_gpu(self.config, work.ranks, work.batch, step, self.agree)
 
     def agree(self, number: int) -> int:
         """Return the largest number any process has, so that all take the same number of steps."""
@@ -85,6 +85,55 @@ class Session:
             return number
         mine = torch.tensor([number], device=self.work.device)
         return int(self.work.accelerator.gather(mine).max())
+
+    def loader_that_fits(self, config: RunConfig) -> tuple[TrainingLoader | None, str]:
+        """Return a loader with other settings, or None and why not: a training step from it has to fit in memory.
+
+        Called on every process, with the same result on all.
+        """
+        work, batch = self.work, self._batch(config)
+        if (loader := self._try(config)) is not None:
+            return loader, ""
+        # Neighbours are mixed: an odd number of images is refused.
+        unit = 2 if config.pipeline.mixup or config.pipeline.cutmix else 1
+        micros = config.pipeline.batch_global // (work.ranks * batch)
+
+        def fits(units: int) -> bool:
+            size = units * unit
+            pipeline = config.pipeline.model_copy(
+                update={"batch_per_gpu": size, "batch_global": size * work.ranks * micros}
+            )
+            tried = self._try(config.model_copy(update={"pipeline": pipeline}))
+            if tried is not None:
+                tried.close()
+            return tried is not None
+
+        known = work.batch if work.batch < batch else 0
+        largest = unit * memory.largest_fitting(fits, (batch - 1) // unit, known // unit) if batch > 1 else 0
+        return None, f"does not fit in memory; the largest batch that does is {largest}"
+
+    def _batch(self, config: RunConfig) -> int:
+        return config.pipeline.batch_per_gpu or max(1, config.pipeline.batch_global // self.work.ranks)
+
+    def _try(self, config: RunConfig) -> TrainingLoader | None:
+        """Return a loader with other settings if a training step from it fits in memory on every process."""
+        batch, made = self._batch(config), list[TrainingLoader]()
+        if not self.gpu:
+            need = memory.estimate(config, len(self.store.classes)).bytes(batch)
+            if self.agree(int(need > available_bytes() // self.work.ranks)):
+                return None
+
+        def step() -> int:
+            made.append(self.work.make_loader(config))
+            return self.work.lone_step(made[0])
+
+        if memory.fits(step, self.agree):
+            return made[0]
+        self.work.optimizer.zero_grad()
+        for loader in made:
+            loader.close()
+        memory.release()
+        return None
 
     def rate(self, probe: Probe) -> Spread:
         """Return a probe's images per second of all processes."""
@@ -103,30 +152,43 @@ class Session:
         return Probe("loader alone", step, prepare=lambda: self.drain(work.loader, work.load_step))
 
     def model_probe(self, name: str, step: Callable[[], int]) -> Probe:
-        """Return a probe of training steps on synthetic data, cut into pieces."""
+        """Return a probe of training steps on synthetic data, cut into pieces.
+
+        Nothing waits for the device between the steps of a measurement: they are cut when it is over.
+        """
+
+        def prepare() -> None:
+            settle()
+            self.watch.take()
+            self.watch.watch(self.work.synthetic)
 
         def watched() -> int:
-            self.watch.watch(self.work.synthetic)
-            self.watch.take()
             images = step()
             self.watch.step()
-            self.steps[name] += self.watch.take()
             return images
 
-        return Probe(name, watched, device=True)
+        def finish() -> None:
+            self.steps[name].append(self.watch.take())
+
+        return Probe(name, watched, device=True, prepare=prepare, finish=finish)
 
     def both_probe(self) -> Probe:
         """Return a probe of whole training steps."""
         loader = self.work.loader
+        began: list[tuple[float, float, float]] = []
 
-        def step() -> int:
-            wait_s, cpu_s, began_s = loader.waited_s, time.process_time(), time.perf_counter()
-            images = self.work.train_step(loader)
-            wall_s = time.perf_counter() - began_s
-            self.wholes.append((wall_s, loader.waited_s - wait_s, time.process_time() - cpu_s))
-            return images
+        def now() -> tuple[float, float, float]:
+            return time.perf_counter(), loader.waited_s, time.process_time()
 
-        return Probe("both", step, prepare=lambda: self.drain(loader))
+        def prepare() -> None:
+            self.drain(loader)
+            began[:] = [now()]
+
+        def finish() -> None:
+            wall_s, waited_s, cpu_s = (after - before for after, before in zip(now(), began[0], strict=True))
+            self.wholes.append((wall_s, waited_s, cpu_s))
+
+        return Probe("both", lambda: self.work.train_step(loader), prepare=prepare, finish=finish)
 
     def training_probe(self, name: str, config: RunConfig, loader: TrainingLoader) -> Probe:
         """Return a probe of whole training steps from a loader with other settings."""

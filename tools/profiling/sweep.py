@@ -7,20 +7,25 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from pipeline.loader import TrainingLoader
 from tools.profiling import memory
 from tools.profiling.clock import Probe, measure
-from tools.profiling.machine import available_bytes
 from tools.profiling.session import Session
 from tools.profiling.table import Point, Spread, Sweep
 from tools.profiling.trials import changed
 
 _ENOUGH = 0.9
 _LIMIT_S = 1800
+_TOO_FEW = "more images than the set has"
+
+
+Found = tuple[int, Spread | None, str]
+"""A setting's value, images per second of all processes, and why there is none."""
 
 
 def knee(rates: Sequence[tuple[int, float]]) -> int | None:
@@ -31,7 +36,7 @@ def knee(rates: Sequence[tuple[int, float]]) -> int | None:
     return min(value for value, rate in rates if rate >= _ENOUGH * best)
 
 
-def finish(setting: str, found: Sequence[tuple[int, Spread | None, str]], samples: int) -> Sweep:
+def finish(setting: str, found: Sequence[Found], samples: int) -> Sweep:
     """Return the sweep with efficiency, knee and hours per epoch.
 
     Args:
@@ -60,78 +65,68 @@ def finish(setting: str, found: Sequence[tuple[int, Spread | None, str]], sample
     return Sweep.model_validate({"setting": setting, "points": points, "knee": knee(rates)})
 
 
-def _rates(session: Session, probes: Sequence[Probe]) -> dict[str, Spread]:
-    measure(
-        probes, rounds=session.rounds, seconds=session.seconds, agree=session.agree, progress=session.progress
-    )
-    return {probe.name: session.rate(probe) for probe in probes}
-
-
-def over_threads(session: Session) -> Sweep:
-    """Measure the loader alone with 1, 2, 4 … DALI threads, up to the cores there are."""
-    cores = len(os.sched_getaffinity(0))
-    values = sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
-    loaders = {value: session.work.make_loader(changed(session.config, threads=value)) for value in values}
-
-    def step(value: int) -> int:
-        for _ in range(loaders[value].micros):
-            next(loaders[value])
-        return loaders[value].micros * loaders[value].batch_per_rank
-
-    def probe(value: int) -> Probe:
-        return Probe(
-            f"threads {value}",
-            lambda: step(value),
-            prepare=lambda: session.drain(loaders[value], lambda: step(value)),
+def _measured(session: Session, value: int, probe: Probe) -> Found:
+    try:
+        measure(
+            [probe],
+            rounds=session.rounds,
+            seconds=session.seconds,
+            agree=session.agree,
+            progress=session.progress,
         )
+    except (RuntimeError, MemoryError) as error:
+        # Several processes are not in step any more: this one has to end, and its launcher ends the others.
+        if session.work.ranks > 1 or not memory.ran_out(error):
+            raise
+        return value, None, "ran out of memory"
+    return value, session.rate(probe), ""
 
-    try:
-        rates = _rates(session, [probe(value) for value in values])
-    finally:
-        for loader in loaders.values():
+
+def over_threads(session: Session) -> Iterator[Sweep]:
+    """Measure the loader alone with 1, 2, 4 … DALI threads, up to the cores there are; yields what there is so far."""
+    cores = len(os.sched_getaffinity(0))
+    found: list[Found] = []
+    for value in sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores}):
+        loader = session.work.make_loader(changed(session.config, threads=value))
+
+        def step(loader: TrainingLoader = loader) -> int:
+            for _ in range(loader.micros):
+                next(loader)
+            return loader.micros * loader.batch_per_rank
+
+        def prepare(loader: TrainingLoader = loader, step: Callable[[], int] = step) -> None:
+            session.drain(loader, step)
+
+        try:
+            point = _measured(session, value, Probe(f"threads {value}", step, prepare=prepare))
+        finally:
             loader.close()
-    return finish("threads", [(v, rates[f"threads {v}"], "loader alone") for v in values], session.samples)
+            memory.release()
+        found.append((value, point[1], point[2] or "loader alone"))
+        yield finish("threads", found, session.samples)
 
 
-def over_batches(session: Session) -> Sweep:
-    """Measure training steps at a quarter to four times the batch, one step after each micro-batch."""
+def over_batches(session: Session) -> Iterator[Sweep]:
+    """Measure training steps at a quarter to four times the batch, one step after each micro-batch; likewise."""
     work, ranks = session.work, session.work.ranks
-    values = sorted({max(2, work.batch * 2**i // 4) for i in range(5)})
-    found: dict[int, tuple[Spread | None, str]] = {}
-    loaders, probes = [], []
-    need = None if session.gpu else memory.estimate(session.config, len(session.store.classes))
+    found: list[Found] = []
+    for value in sorted({max(2, work.batch * 2**i // 4) for i in range(5)}):
+        found.append(
+            _at_batch(session, value) if value * ranks <= session.samples else (value, None, _TOO_FEW)
+        )
+        yield finish("batch", found, session.samples)
+
+
+def _at_batch(session: Session, value: int) -> Found:
+    variant = changed(session.config, batch_per_gpu=value, batch_global=value * session.work.ranks)
+    loader, note = session.loader_that_fits(variant)
+    if loader is None:
+        return value, None, note
     try:
-        for value in values:
-            if value * ranks > session.samples:
-                found[value] = (None, "more than the set has")
-            elif need is not None and need.bytes(value) > available_bytes() // ranks:
-                found[value] = (None, "does not fit in memory")
-            else:
-                variant = changed(session.config, batch_per_gpu=value, batch_global=value * ranks)
-                loader = work.make_loader(variant)
-                probe = session.training_probe(f"batch {value}", variant, loader)
-                if session.gpu and not _runs(probe):
-                    found[value] = (None, "does not fit in memory")
-                    loader.close()
-                    continue
-                loaders.append(loader)
-                probes.append(probe)
-        for name, rate in _rates(session, probes).items():
-            found[int(name.split()[1])] = (rate, "")
+        return _measured(session, value, session.training_probe(f"batch {value}", variant, loader))
     finally:
-        for loader in loaders:
-            loader.close()
-    return finish("batch", [(value, *found[value]) for value in values], session.samples)
-
-
-def _runs(probe: Probe) -> bool:
-    try:
-        probe.step()
-        fine = True
-    except torch.cuda.OutOfMemoryError:
-        fine = False
-    torch.cuda.empty_cache()
-    return fine
+        loader.close()
+        memory.release()
 
 
 def most_ranks() -> int:
@@ -139,46 +134,50 @@ def most_ranks() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-def over_ranks(session: Session, arguments: Sequence[str]) -> Sweep:
-    """Measure training on 1, 2, 4 … processes, each with the batch of one: starts this program again.
+def over_ranks(session: Session, arguments: Sequence[str]) -> Iterator[Sweep]:
+    """Measure training on 1, 2, 4 … processes, each with the batch of one: starts this program again; likewise.
 
     Args:
         arguments: the command line of this program, without what only the parent does.
     """
     most = most_ranks()
     values = sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
-    found: list[tuple[int, Spread | None, str]] = []
+    found: list[Found] = []
     batch = session.work.batch
     program = Path(__file__).resolve().parents[1] / "profile_throughput.py"
     for value in values:
         session.progress(f"{value} processes")
-        if value * batch > session.samples:
-            found.append((value, None, "more images than the set has"))
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            answer = Path(folder) / "rate.json"
-            command = [
-                *launcher(value), str(program), *arguments,
-                "--rate-only", str(answer), "--pipeline.batch-per-gpu", str(batch),
-                "--pipeline.batch-global", str(batch * value), "--rounds", str(session.rounds),
-                "--seconds", str(session.seconds),
-            ]  # fmt: skip
-            try:
-                done = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    env=_surroundings(session.gpu, value),
-                    timeout=_LIMIT_S,
-                )
-                said = (done.stderr or done.stdout).strip().rsplit("\n", 1)[-1]
-            except subprocess.TimeoutExpired:
-                said = f"no answer after {_LIMIT_S} s"
-            if answer.is_file():
-                found.append((value, Spread.model_validate(json.loads(answer.read_text())), ""))
-            else:
-                found.append((value, None, f"failed: {said}"))
-    return finish("ranks", found, session.samples)
+        if value * batch <= session.samples:
+            found.append(_on_ranks(session, value, program, arguments))
+        else:
+            found.append((value, None, _TOO_FEW))
+        yield finish("ranks", found, session.samples)
+
+
+def _on_ranks(session: Session, value: int, program: Path, arguments: Sequence[str]) -> Found:
+    batch = session.work.batch
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "rate.json"
+        command = [
+            *launcher(value), str(program), *arguments,
+            "--rate-only", str(answer), "--pipeline.batch-per-gpu", str(batch),
+            "--pipeline.batch-global", str(batch * value), "--rounds", str(session.rounds),
+            "--seconds", str(session.seconds),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=_surroundings(session.gpu, value),
+                timeout=_LIMIT_S,
+            )
+            said = (done.stderr or done.stdout).strip().rsplit("\n", 1)[-1]
+        except subprocess.TimeoutExpired:
+            said = f"no answer after {_LIMIT_S} s"
+        if answer.is_file():
+            return value, Spread.model_validate(json.loads(answer.read_text())), ""
+        return value, None, f"failed: {said}"
 
 
 def launcher(ranks: int) -> list[str]:

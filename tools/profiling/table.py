@@ -9,13 +9,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-FORMAT = 1
+FORMAT = 2
 
-Lane = Literal["read", "graph", "model", "shown"]
-"""Chains that work side by side: reader threads, DALI's threads, the training loop. A stage "shown" is
-measured, and counts in no sum because it is part of another stage or an alternative to it."""
+Lane = Literal["read", "graph", "copy", "model", "shown"]
+"""Chains that work side by side: reader threads, DALI's threads, the GPU's copy engine, the training loop. A stage
+"shown" is measured, and counts in no sum because it is part of another stage or an alternative to it."""
 
-LANE_WORDS = {"read": "reading", "graph": "the data graph", "model": "the model"}
+LANE_WORDS = {
+    "read": "reading",
+    "graph": "the data graph",
+    "copy": "copies to the GPU",
+    "model": "the model",
+}
 
 
 class _Frozen(BaseModel):
@@ -42,6 +47,14 @@ class Spread(_Frozen):
         """Scale all three."""
         return Spread(p20=self.p20 * factor, p50=self.p50 * factor, p80=self.p80 * factor)
 
+    def less(self, part: Spread) -> Spread:
+        """Return this without a part that was measured elsewhere, at least zero; the ends are the worst cases."""
+        return Spread(
+            p20=max(0.0, self.p20 - part.p80),
+            p50=max(0.0, self.p50 - part.p50),
+            p80=max(0.0, self.p80 - part.p20),
+        )
+
 
 class Stage(_Frozen):
     """One stage alone. All times are seconds per image of one process."""
@@ -53,7 +66,7 @@ class Stage(_Frozen):
     cpu_s: Spread | None = None
     """CPU time of the whole process, over all its threads."""
     device_s: Spread | None = None
-    """GPU time; None on a CPU."""
+    """GPU time; of the copy engine for a copy, of the multiprocessors else. None on a CPU."""
     note: str = ""
     """Why a time is missing, or what it is part of."""
 
@@ -79,13 +92,10 @@ class Trial(_Frozen):
     """One change measured against the run as it is, in turns."""
 
     change: str
-    rate_img_s: Spread
-    baseline_img_s: Spread
-
-    @property
-    def gain(self) -> float:
-        """Rate over the baseline's, minus 1."""
-        return self.rate_img_s.p50 / self.baseline_img_s.p50 - 1
+    rate_img_s: Spread | None
+    """None where it did not run; `note` says why."""
+    baseline_img_s: Spread | None
+    note: str = ""
 
 
 class Suggestion(_Frozen):
@@ -149,6 +159,8 @@ class Verdict(_Frozen):
     """From the stages, without checkpoints."""
     measured_img_s: float
     """Of whole training steps; none of them writes a checkpoint."""
+    predicted_over_measured: Spread
+    """The same two numbers' ratio, round by round: what a machine's drift does to both cancels."""
     with_checkpoints_img_s: float
     """The measured rate with the time of the run's checkpoints added."""
     limits: list[Limit]
@@ -165,7 +177,7 @@ class Verdict(_Frozen):
 class Profile(_Frozen):
     """One profile of one run on one machine."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     environment: dict[str, Any]
     settings: dict[str, Any]
     """Resolved configuration, one level, dotted names."""
@@ -185,8 +197,11 @@ class Profile(_Frozen):
 
 
 def write(profile: Profile, path: Path) -> None:
-    """Write the profile as JSON."""
-    path.write_text(profile.model_dump_json(indent=1) + "\n")
+    """Write the profile as JSON; an earlier one is replaced only by a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(profile.model_dump_json(indent=1) + "\n")
+    part.replace(path)
 
 
 def read(path: Path) -> Profile:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from tools.profiling import memory
-from tools.profiling.clock import measure
-from tools.profiling.machine import available_bytes
+from tools.profiling.clock import Probe, measure
 from tools.profiling.session import Session
 from tools.profiling.table import Trial
 from tools.runtime.config import RunConfig
@@ -33,8 +32,9 @@ def candidates(config: RunConfig, ranks: int, samples: int) -> Iterator[tuple[st
             yield f"--pipeline.prefetch {prefetch}", changed(config, prefetch=prefetch)
     batch = pipeline.batch_per_gpu or pipeline.batch_global // ranks
     micros = pipeline.batch_global // (ranks * batch)
+    mixes = bool(pipeline.mixup or pipeline.cutmix)  # neighbours: an odd number of images is refused
     for size in (batch * 2, batch // 2):
-        if size >= 2 and size * ranks * micros <= samples:
+        if size >= 2 and not (mixes and size % 2) and size * ranks * micros <= samples:
             yield (
                 f"--pipeline.batch-per-gpu {size} --pipeline.batch-global {size * ranks * micros}",
                 changed(config, batch_per_gpu=size, batch_global=size * ranks * micros),
@@ -61,38 +61,42 @@ def _in(dtype: torch.dtype, session: Session) -> Callable[[], int]:
     return step
 
 
-def run(session: Session) -> list[Trial]:
-    """Measure the candidates beside the run as it is and return what each gave."""
+def run(session: Session) -> Iterator[Trial]:
+    """Measure each candidate in turns with the run as it is and yield what it gave; at most two loaders at a time."""
     work, config = session.work, session.config
-    baseline = session.training_probe("as it is", config, work.loader)
-    probes, loaders = [baseline], []
+    for words, variant in candidates(config, work.ranks, len(session.store)):
+        loader, note = session.loader_that_fits(variant)
+        if loader is None:
+            yield Trial(change=words, rate_img_s=None, baseline_img_s=None, note=note)
+            continue
+        try:
+            trial = _beside(session, session.training_probe(words, variant, loader))
+        finally:
+            loader.close()
+            memory.release()
+        yield trial
+    if config.precision == "fp32":
+        probe = session.training_probe("--precision bf16", config, work.loader)
+        probe.step = _in(torch.bfloat16, session)
+        yield _beside(session, probe)
+
+
+def _beside(session: Session, probe: Probe) -> Trial:
+    """Measure a probe in turns with the run as it is."""
+    baseline = session.training_probe("as it is", session.config, session.work.loader)
     try:
-        for words, variant in candidates(config, work.ranks, len(session.store)):
-            batch = variant.pipeline.batch_per_gpu or 0
-            if batch > work.batch and not session.gpu:
-                need = memory.estimate(variant, len(session.store.classes))
-                if need.bytes(batch) > available_bytes() // work.ranks:
-                    continue
-            loader = work.make_loader(variant)
-            loaders.append(loader)
-            probes.append(session.training_probe(words, variant, loader))
-        if config.precision == "fp32":
-            probe = session.training_probe("--precision bf16", config, work.loader)
-            probe.step = _in(torch.bfloat16, session)
-            probes.append(probe)
         measure(
-            probes,
+            [baseline, probe],
             rounds=session.rounds,
             seconds=session.seconds,
             agree=session.agree,
             progress=session.progress,
         )
-    finally:
-        for loader in loaders:
-            loader.close()
-
-    before = session.rate(baseline)
-    return [
-        Trial(change=probe.name, rate_img_s=session.rate(probe), baseline_img_s=before)
-        for probe in probes[1:]
-    ]
+    except (RuntimeError, MemoryError) as error:
+        # Several processes are not in step any more: this one has to end, and its launcher ends the others.
+        if session.work.ranks > 1 or not memory.ran_out(error):
+            raise
+        return Trial(
+            change=probe.name, rate_img_s=None, baseline_img_s=None, note="ran out of memory in training"
+        )
+    return Trial(change=probe.name, rate_img_s=session.rate(probe), baseline_img_s=session.rate(baseline))

@@ -1,10 +1,20 @@
 """From stage times to a rate, and to the stage that limits it. Pure arithmetic.
 
-Reader threads, DALI's threads and the training loop work side by side, each on another batch: three lanes.
-Within a lane stages follow one another. So the time of one image is that of the slowest lane, unless what the
-lanes share is full before: the CPU cores (all stages' CPU time over the cores), or the GPU (all stages' GPU time).
+Reader threads, DALI's threads, the GPU's copy engine and the training loop work side by side, each on another
+batch: four lanes. Within a lane stages follow one another. So the time of one image is that of the slowest lane,
+unless what the lanes share is full before: the CPU cores (all stages' CPU time over the cores), or the GPU (all
+stages' GPU time; copies take none of it, the copy engine works beside the multiprocessors).
 
-    seconds per image = max(lane read, lane graph, lane model, CPU seconds / cores, GPU seconds)
+    seconds per image = max(lane read, lane graph, lane copy, lane model, CPU seconds / cores, GPU seconds)
+
+Before the cores are full, lanes can already be in each other's way: the system deals cores out to all threads alike,
+and the threads of a lane that will wait for room in its queue later take them from the slowest lane now. With the
+cores p_l = CPU seconds / seconds that a lane keeps busy when alone, slowest lane s and `cores` C, another lane l gets
+its work done in T_l (p_s + p_l) / C, in which the slowest lane moves on by T_l only:
+
+    seconds per image >= T_s + sum over l of T_l max(0, (p_s + p_l) / C - 1)
+
+For lanes that fill the cores alone (p = C) this is CPU seconds / cores; for p_s + p_l <= C it is T_s.
 """
 
 from __future__ import annotations
@@ -24,13 +34,33 @@ def loads(stages: Sequence[Stage], cores: float) -> dict[str, float]:
         for lane, words in LANE_WORDS.items()
     }
     result[CORES] = sum(stage.cpu_s.p50 for stage in counted if stage.cpu_s is not None) / cores
-    result[GPU] = sum(stage.device_s.p50 for stage in counted if stage.device_s is not None)
+    result[GPU] = sum(share_s(stage, GPU, cores) for stage in counted)
     return result
+
+
+def crowded_s(stages: Sequence[Stage], cores: float) -> float:
+    """Return the seconds per image that the slowest lane needs when it shares the cores with the others."""
+    lanes = {
+        lane: (sum(s.wall_s.p50 for s in among if s.wall_s), sum(s.cpu_s.p50 for s in among if s.cpu_s))
+        for lane in LANE_WORDS
+        if (among := [stage for stage in stages if stage.counts and stage.lane == lane])
+    }
+    lanes = {lane: (wall_s, cpu_s) for lane, (wall_s, cpu_s) in lanes.items() if wall_s > 0}
+    if not lanes:
+        return 0.0
+    busy = {lane: min(cores, cpu_s / wall_s) for lane, (wall_s, cpu_s) in lanes.items()}
+    slowest = max(lanes, key=lambda lane: lanes[lane][0])
+    lost_s = sum(
+        wall_s * max(0.0, (busy[slowest] + busy[lane]) / cores - 1)
+        for lane, (wall_s, _) in lanes.items()
+        if lane != slowest
+    )
+    return lanes[slowest][0] + lost_s
 
 
 def predicted_img_s(stages: Sequence[Stage], cores: float, ranks: int = 1) -> float:
     """Return images per second of all processes together; infinite for stages that cost nothing."""
-    longest_s = max(loads(stages, cores).values())
+    longest_s = max(*loads(stages, cores).values(), crowded_s(stages, cores))
     return ranks / longest_s if longest_s > 0 else float("inf")
 
 
@@ -41,7 +71,8 @@ def share_s(stage: Stage, binding: str, cores: float) -> float:
     if binding == CORES:
         return stage.cpu_s.p50 / cores if stage.cpu_s is not None else 0.0
     if binding == GPU:
-        return stage.device_s.p50 if stage.device_s is not None else 0.0
+        computes = stage.device_s is not None and stage.lane != "copy"
+        return stage.device_s.p50 if computes and stage.device_s else 0.0
     return stage.wall_s.p50 if LANE_WORDS.get(stage.lane) == binding else 0.0
 
 

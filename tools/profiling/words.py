@@ -17,10 +17,11 @@ def limit_line(limit: Limit, ranks_words: str = "") -> str:
 def verdict_lines(profile: Profile) -> list[str]:
     """Return the verdict, one sentence a line."""
     v = profile.verdict
-    off_pct = 100 * (v.predicted_img_s / v.measured_img_s - 1)
+    ratio = v.predicted_over_measured
+    off = [100 * (value - 1) for value in (ratio.p50, ratio.p20, ratio.p80)]
     lines = [
-        f"{v.measured_img_s:.4g} images/s measured; the stages add up to {v.predicted_img_s:.4g} ({off_pct:+.1f} %). "
-        f"With the run's checkpoints {v.with_checkpoints_img_s:.4g}."
+        f"{v.measured_img_s:.4g} images/s measured; the stages add up to {v.predicted_img_s:.4g} (round by round "
+        f"{off[0]:+.1f} %, {off[1]:+.1f} to {off[2]:+.1f}). With the run's checkpoints {v.with_checkpoints_img_s:.4g}."
     ]
     for number, limit in enumerate(v.limits):
         start = ("Limiting stage: ", "Next: ", "Then: ")[min(number, 2)]
@@ -60,11 +61,15 @@ def trial_lines(profile: Profile) -> list[str]:
     """Return what the trials gave."""
     lines = []
     for t in profile.trials:
-        apart = t.rate_img_s.p20 > t.baseline_img_s.p80 or t.rate_img_s.p80 < t.baseline_img_s.p20
+        rate, before = t.rate_img_s, t.baseline_img_s
+        if rate is None or before is None:
+            lines.append(f"{t.change:46s} {t.note}")
+            continue
+        apart = rate.p20 > before.p80 or rate.p80 < before.p20
         note = "" if apart else "  within the spread"
         lines.append(
-            f"{t.change:46s} {t.rate_img_s.p50:9.4g} against {t.baseline_img_s.p50:9.4g} images/s "
-            f"({100 * t.gain:+.1f} %){note}"
+            f"{t.change:46s} {rate.p50:9.4g} against {before.p50:9.4g} images/s "
+            f"({100 * (rate.p50 / before.p50 - 1):+.1f} %){note}"
         )
     return lines
 
@@ -88,8 +93,8 @@ def table(profile: Profile) -> str:
     head = f"  {'':32s}{'ms/image':>18s}{'CPU ms/image':>18s}{'GPU ms/image':>18s}{'img/s':>10s}"
     lines = [head]
     for lane, words in LANE_WORDS.items():
-        lines.append(words)
-        lines += [_row(s, profile.machine.ranks) for s in profile.stages if s.lane == lane]
+        rows = [_row(s, profile.machine.ranks) for s in profile.stages if s.lane == lane]
+        lines += [words, *rows] if rows else []
     lines.append("shown, but part of another stage or an alternative to it")
     lines += [_row(s, profile.machine.ranks) for s in profile.stages if s.lane == "shown"]
     lines.append("together")

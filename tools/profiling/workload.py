@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 
 import model
 import shards
@@ -81,6 +83,28 @@ class Synthetic:
         return Synthetic(each_tensor(self._batch, lambda x: x[:images]), self.micros)
 
 
+@functools.cache
+def _group_of_one() -> Any:
+    """Return the process group that only this process is in; first called on all processes at the same time."""
+    return torch.distributed.new_subgroups(group_size=1)[0]
+
+
+@contextmanager
+def apart(net: Any) -> Iterator[None]:
+    """Keep what a model exchanges with other processes in a training step to itself: statistics, codebook updates."""
+    norms = [module for module in net.modules() if isinstance(module, nn.SyncBatchNorm)]
+    groups = [norm.process_group for norm in norms]
+    for norm in norms:
+        norm.process_group = _group_of_one()
+    net.update_codebook = lambda *outputs: None
+    try:
+        yield
+    finally:
+        del net.update_codebook
+        for norm, group in zip(norms, groups, strict=True):
+            norm.process_group = group
+
+
 class Workload:
     """Everything a training step needs.
 
@@ -130,9 +154,20 @@ class Workload:
 
     def train_step(self, loader: Any) -> int:
         """Make one optimiser step of train.py's; returns this process's images."""
+        return self._train_step(self.net, loader)
+
+    def lone_step(self, loader: Any) -> int:
+        """Make an optimiser step that waits for no other process; what it makes of the weights is of no use."""
+        if self.ranks == 1:
+            return self.train_step(loader)
+        inner = self.accelerator.unwrap_model(self.net)
+        with apart(inner):
+            return self._train_step(inner, loader)
+
+    def _train_step(self, net: nn.Module, loader: Any) -> int:
         train_step(
             self.accelerator,
-            self.net,
+            net,
             self.optimizer,
             loader,
             self._meter,
@@ -189,11 +224,14 @@ class Workload:
         return self.loader.micros * self.batch
 
     def copy(self) -> Callable[[], int] | None:
-        """Return a call that copies one batch's encoded bytes to the GPU; None on a CPU, where nothing is copied."""
+        """Return a call that copies one batch's encoded bytes to the GPU; None on a CPU, where nothing is copied.
+
+        From pinned memory, as DALI copies: else the host's own copy into such memory would be measured.
+        """
         if self.device.type != "cuda":
             return None
         mean_bytes = int(self.store.length[:1024].mean()) * self.batch
-        host = torch.empty(mean_bytes, dtype=torch.uint8)
+        host = torch.empty(mean_bytes, dtype=torch.uint8, pin_memory=True)
 
         def run() -> int:
             host.to(self.device, non_blocking=True)
