@@ -2,7 +2,8 @@
 
     python tests/elastic.py SHARDS FOLDER
 
-Prints a JSON object: for both runs the position, sample and pixel checksum of everything trained on, and the metrics.
+Prints a JSON object: for both runs the position, sample and pixel checksum of everything trained on, and the metrics;
+and for each stage of the second its processes, the steps between which it trained, and the micro-batches of each.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ def audit(out: Path) -> list[list[Any]]:
     return rows
 
 
+def batches(out: Path) -> list[int]:
+    """Return how many micro-batches each process has trained on so far."""
+    paths = [out / f"audit_rank{rank}.jsonl" for rank in range(max(RANKS))]
+    return [len(path.read_text().splitlines()) if path.exists() else 0 for path in paths]
+
+
 def main() -> None:
     """Run and print."""
     shards, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -45,22 +52,26 @@ def main() -> None:
     steady, elastic = folder / "steady", folder / "elastic"
     folder.mkdir(parents=True, exist_ok=True)
     run([*arguments, "--out", str(steady)], 1, folder / "steady.log")
+    stages = []
     for number, ranks in enumerate(RANKS):
+        begin, before = newest(elastic), batches(elastic)
         process = Ranks([*arguments, "--out", str(elastic)], ranks, folder / f"{number}.log").start()
         if number + 1 == len(RANKS):
             codes = process.wait(240)
             assert set(codes.values()) == {0}, (folder / f"{number}.log").read_text()
-            break
-        while newest(elastic) < 3 * (number + 1):
-            assert not process.poll(), (folder / f"{number}.log").read_text()
-            time.sleep(0.002)
-        process.kill(*range(ranks))
-        process.wait(60)
-    result = {
+        else:
+            while newest(elastic) <= begin:
+                assert not process.poll(), (folder / f"{number}.log").read_text()
+                time.sleep(0.002)
+            process.kill(*range(ranks))
+            process.wait(60)
+        grown = [after - was for was, after in zip(before, batches(elastic), strict=True)]
+        stages.append({"ranks": ranks, "from": begin, "to": newest(elastic), "batches": grown})
+    result: dict[str, Any] = {
         name: {"audit": audit(out), "metrics": read_metrics(out / "metrics.jsonl")}
         for name, out in (("steady", steady), ("elastic", elastic))
     }
-    print(json.dumps(result))
+    print(json.dumps({**result, "stages": stages}))
 
 
 if __name__ == "__main__":

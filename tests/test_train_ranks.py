@@ -46,6 +46,15 @@ def elastic(picture_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return result
 
 
+def test_every_number_of_processes_has_trained(elastic: dict[str, Any]) -> None:
+    """Each from where the one before was killed, on all its processes and no others."""
+    stages = elastic["stages"]
+    assert [(s["ranks"], s["from"], s["to"]) for s in stages] == [(1, 0, 3), (2, 3, 6), (4, 6, 9), (1, 9, 12)]
+    for stage in stages:
+        trained = [count >= 3 for count in stage["batches"]]
+        assert trained == [rank < stage["ranks"] for rank in range(4)]
+
+
 def test_one_two_four_and_one_process_see_what_one_sees(elastic: dict[str, Any]) -> None:
     """Every position once, whatever was repeated; the same sample with the same pixels in the same global batch."""
     seen: dict[str, dict[int, tuple[int, int, str]]] = {"steady": {}, "elastic": {}}
