@@ -128,7 +128,7 @@ def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
         benchmark(
             "loader", "--source", str(source), "--batch", "256", "--threads", threads, "--peer-batches", "0"
         ),
-        benchmark("training", "--data", shard_set, "--threads", threads),
+        benchmark("training", "--data", shard_set, "--threads", threads, "--batch", "256", "--no-tests"),
         benchmark("codebook", "--no-tests"),
         (
             "benchmark profile",  # writes profile.json
