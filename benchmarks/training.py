@@ -178,8 +178,8 @@ def main() -> None:
     print(table(result))
     if command.out:
         words = (
-            f"python benchmarks/training.py --data {command.data.name} --recipe {command.recipe} --batch {command.batch} "
-            f"--steps {command.steps} --repeats {command.repeats} --threads {command.threads}"
+            f"python benchmarks/training.py --data {command.data.name} --recipe {command.recipe} "
+            f"--batch {command.batch} --steps {command.steps} --repeats {command.repeats} --threads {command.threads}"
         )
         command.out.write_text(json.dumps({**environment(), "command": words, **result}, indent=1) + "\n")
 
