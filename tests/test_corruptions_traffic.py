@@ -1,7 +1,8 @@
-"""The table of bytes moved names the stages that the core runs."""
+"""The table of bytes moved names the stages that the core runs; the measured speed is complete."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from benchmarks.traffic import least_bytes, mix_bytes, stage_bytes, stages
 from pipeline.corruptions import HELD_OUT_KINDS, KINDS, TRAINING_KINDS
 
-CSRC = Path(__file__).resolve().parent.parent / "pipeline" / "corruptions" / "csrc"
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "pipeline" / "corruptions" / "csrc"
 SMALL = {"Clear", "ElasticFilter", "PixelateMap"}  # tables and accumulators of a few kB
 
 
@@ -45,3 +47,15 @@ def test_by_hand() -> None:
 def test_identity_is_no_kind_of_the_table() -> None:
     with pytest.raises(ValueError, match="no bytes are counted for 'identity'"):
         stages(KINDS[0], 1)
+
+
+def test_the_measured_speed_names_its_machine_and_has_every_cell() -> None:
+    result = json.loads(
+        sorted((ROOT / "benchmarks" / "results").glob("*-cpu-corruptions.json"))[-1].read_text()
+    )
+    for key in ("cpu", "commit", "command"):
+        assert isinstance(result[key], str), key
+    assert not result["commit"].endswith("+dirty")
+    cells = {f"{kind} {severity}" for kind in (*TRAINING_KINDS, *HELD_OUT_KINDS) for severity in range(1, 6)}
+    assert set(result["on_cpu"]["cells"]) == cells
+    assert all(cell["times_faster"] > 1 for cell in result["on_cpu"]["cells"].values())
