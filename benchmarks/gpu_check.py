@@ -114,7 +114,7 @@ def commands(work: Path, source: Path) -> list[tuple[str, list[str]]]:
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "tests"]
 
     def benchmark(name: str, *arguments: str) -> tuple[str, list[str]]:
-        # As a module: a script's own folder comes first on the path, and benchmarks/shards.py is not the package.
+        # As a module: of a script its own folder, not the checkout, would be on the path.
         module = ["-m", f"benchmarks.{name}"]
         return f"benchmark {name}", [python, *module, *arguments, "--out", str(work / f"{name}.json")]
 

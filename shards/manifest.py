@@ -350,7 +350,9 @@ def read_table(folder: Path, header: Header) -> Table:
     """
     path = folder / TABLE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there, but {HEADER_NAME} is; copy or build the set again")
+        raise FileNotFoundError(
+            f"{path}: missing, and {HEADER_NAME} alone lists no samples; copy or build the set again"
+        )
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != header.table.size or size < _ALIGN:

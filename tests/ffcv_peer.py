@@ -1,4 +1,4 @@
-"""Runs ffcv itself, in ffcv's own environment, for tests/test_shards_ffcv.py and benchmarks/shards.py.
+"""Runs ffcv itself, in ffcv's own environment, for tests/test_shards_ffcv.py and benchmarks/shard_sets.py.
 
 ffcv_peer.py '[["read", FILE.beton, OUT.npz, SIDE], ["write", FOLDER, FILE.beton, MODE, WORKERS, PAGE_SIZE], ...]'
 

@@ -297,7 +297,7 @@ def test_a_large_manifest_opens(tmp_path: Path) -> None:
     write_manifest(tmp_path, header, encoded)
     began_s = time.process_time()
     opened = read_table(tmp_path, read_header(tmp_path))
-    # Some 0.02 s on an idle machine; row by row it would be seconds. benchmarks/shards.py measures 1.28 M rows.
+    # Some 0.02 s on an idle machine; row by row it would be seconds. benchmarks/shard_sets.py measures 1.28 M rows.
     assert time.process_time() - began_s < 0.3
     assert opened.key(rows - 1) == f"key-{rows - 1}-é"
     assert xxhash.xxh3_128_hexdigest((tmp_path / TABLE_NAME).read_bytes()) == header.table.xxh3_128

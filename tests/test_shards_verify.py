@@ -266,7 +266,7 @@ def test_a_damaged_manifest_is_a_fault(folder: Path) -> None:
     assert (fault.file, fault.problem[:16]) == (TABLE_NAME, "checksum differs")
     (folder / TABLE_NAME).unlink()
     (fault,) = verify(folder).faults
-    assert fault.problem.startswith("not there")
+    assert fault.problem.startswith("missing, and manifest.json alone lists no samples")
     (folder / HEADER_NAME).write_text("{")
     (fault,) = verify(folder).faults
     assert (fault.file, fault.problem[:8]) == (HEADER_NAME, "not JSON")

@@ -5,7 +5,8 @@ python tools/verify_shards.py /data/imagenet-train
 Sets without a manifest (tars or .beton files of others) are compared with the index made when they were first
 opened.
 
-Exit code: 0 where the set is sound, 1 where there are faults, 2 where there is no set to verify.
+Exit code: 0 where the set is sound, 1 where there are faults, 2 where there is no set to verify:
+no shards, or shards of others that are too damaged to be indexed.
 """
 
 from __future__ import annotations

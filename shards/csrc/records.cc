@@ -46,6 +46,14 @@ bool resident(const uint8_t* at, uint64_t length) {
   return true;
 }
 
+// Reads a byte of each page of a range that is in memory, so that whoever reads it next, perhaps under the interpreter
+// lock, meets no page fault.
+void touch(const uint8_t* at, uint64_t length) {
+  static const uint64_t page = uint64_t(sysconf(_SC_PAGESIZE));
+  for (uint64_t i = 0; i < length; i += page) (void)*static_cast<const volatile uint8_t*>(at + i);
+  if (length > 0) (void)*static_cast<const volatile uint8_t*>(at + length - 1);
+}
+
 }  // namespace
 
 // Changes whenever a signature in this library does, so that a stale build is noticed.
@@ -60,7 +68,10 @@ VQSA_API void vqsa_scan_warm(int64_t count, const uint8_t* const* at, const uint
     warm[i] = at[i] != nullptr && resident(at[i], length[i]);
     if (!warm[i]) continue;
     fault[i] = kSound;
-    if (width == nullptr) continue;
+    if (width == nullptr) {
+      touch(at[i], length[i]);
+      continue;
+    }
     VqsaScan result;
     vqsa_scan(at[i], length[i], width[i], height[i], &result);
     fault[i] = uint8_t(result.fault);

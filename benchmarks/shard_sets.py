@@ -1,6 +1,6 @@
 """Speed of the shard builder and the store, each beside what people would use instead, in one run.
 
-    python -m benchmarks.shards --source FOLDER [--ffcv-python .venv-ffcv/bin/python] [--out result.json]
+    python -m benchmarks.shard_sets --source FOLDER [--ffcv-python .venv-ffcv/bin/python] [--out result.json]
 
 FOLDER holds JPEGs (at any depth), best of 110 to 150 kB, copied as often as needed. Rates of writers are images
 per second of CPU time, which a busy machine disturbs least; those of scaling over workers and of random reads
@@ -9,21 +9,15 @@ are by the clock. Each row is the median of repeats that take turns with the oth
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +25,13 @@ import numpy as np
 import tyro
 import webdataset
 import xxhash
-from nvidia.dali import Pipeline, fn, types
 from pydantic import BaseModel, ConfigDict, Field
 
 import shards
 from benchmarks.environment import environment
+from benchmarks.shard_reads import ENDS, random_reads, stalls
+from benchmarks.shard_scaling import scaling
+from benchmarks.turns import Rows
 from shards.build import BuildOptions, build
 from shards.manifest import (
     Header,
@@ -54,7 +50,6 @@ from shards.verify import verify
 ROOT = Path(__file__).resolve().parent.parent
 PEER = ROOT / "tests" / "ffcv_peer.py"
 _IMAGENET = 1_281_167
-_MORE = 5
 
 
 class ShardsBenchmark(BaseModel):
@@ -75,7 +70,7 @@ class ShardsBenchmark(BaseModel):
     """Measurements of each row."""
 
     memory: Path = Path("/dev/shm")
-    """Folder in memory, for the rows that must not wait for a disk; needs about 14 times the images' bytes."""
+    """Folder in memory, for the rows that must not wait for a disk; needs about 16 times the images' bytes."""
 
     disk: Path = Path(tempfile.gettempdir())
     """Folder on a disk, for reading what is not in memory."""
@@ -88,34 +83,6 @@ class ShardsBenchmark(BaseModel):
 
     batch: int = Field(128, ge=1)
     """Samples per batch of the readers."""
-
-
-def _cpu_s() -> float:
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usage)
-
-
-class _Rows:
-    """Measurements by row; the rows of one call take turns, so that a busy moment disturbs all of them."""
-
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self.rows: dict[str, dict[str, float]] = {}
-
-    def measure(self, images: int, jobs: dict[str, Callable[[], object]], *, cpu_too: bool = True) -> None:
-        cpu: dict[str, list[float]] = {name: [] for name in jobs}
-        wall: dict[str, list[float]] = {name: [] for name in jobs}
-        for turn in range(self.repeats + 1):
-            for name, job in jobs.items():
-                began_s, cpu_s = time.perf_counter(), _cpu_s()
-                job()
-                if turn:  # the first turn warms up
-                    cpu[name].append(_cpu_s() - cpu_s)
-                    wall[name].append(time.perf_counter() - began_s)
-        for name in jobs:
-            self.rows[name] = {"img_per_s": images / statistics.median(wall[name])}
-            if cpu_too:
-                self.rows[name]["img_per_cpu_s"] = images / max(statistics.median(cpu[name]), 1e-9)
 
 
 def _copies(source: Path, to: Path, count: int) -> list[Path]:
@@ -159,7 +126,7 @@ def _ours(source: Path, to: Path, target: str, workers: int) -> None:
     )
 
 
-def _writers(command: ShardsBenchmark, rows: _Rows, files: list[Path], memory: Path) -> None:
+def _writers(command: ShardsBenchmark, rows: Rows, files: list[Path], memory: Path) -> None:
     source, out = memory / "source", memory / "out"
     out.mkdir()
     rows.measure(
@@ -186,33 +153,7 @@ def _writers(command: ShardsBenchmark, rows: _Rows, files: list[Path], memory: P
     )
 
 
-def _scaling(rows: _Rows, files: list[Path], memory: Path) -> None:
-    """Images per second of 1 and 2 workers without their start (imports take seconds): a larger set's time less
-    a smaller one's. The larger set is the same files under several names."""
-    folders = {1: memory / "source", _MORE: memory / "many"}
-    for path in files:
-        for k in range(_MORE):
-            link = folders[_MORE] / path.parent.name / f"{k}{path.name}"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, link)
-    out = memory / "scaling"
-    jobs: dict[str, Callable[[], object]] = {
-        f"{workers} {times}": partial(_ours, folders[times], out, "tar", workers)
-        for workers in (1, 2)
-        for times in folders
-    }
-    timed = _Rows(rows.repeats)
-    timed.measure(1, jobs, cpu_too=False)
-    for workers in (1, 2):
-        whole_s, part_s = (1 / timed.rows[f"{workers} {times}"]["img_per_s"] for times in (_MORE, 1))
-        rows.rows[f"build to tar after the start, {workers} worker{'s' * (workers > 1)}"] = {
-            "img_per_s": len(files) * (_MORE - 1) / max(whole_s - part_s, 1e-9)
-        }
-    shutil.rmtree(out)
-    shutil.rmtree(folders[_MORE])
-
-
-def _ffcv(command: ShardsBenchmark, rows: _Rows, files: list[Path], memory: Path) -> None:
+def _ffcv(command: ShardsBenchmark, rows: Rows, files: list[Path], memory: Path) -> None:
     folder = memory / "for_ffcv"
     folder.mkdir()
     for i, path in enumerate(files[: command.ffcv_images]):
@@ -230,154 +171,6 @@ def _ffcv(command: ShardsBenchmark, rows: _Rows, files: list[Path], memory: Path
         )
         rates.append(command.ffcv_images / float(ran.stdout.rsplit(":", 1)[1]))
     rows.rows["ffcv.DatasetWriter, 1 worker"] = {"img_per_cpu_s": statistics.median(rates)}
-
-
-class _RandomBatches:
-    """Reads random batches from the store a few ahead of DALI, as the loader does."""
-
-    def __init__(self, store: shards.Store, batch: int, check: bool, depth: int = 4) -> None:
-        self._store, self._batch, self._check = store, batch, check
-        self._rng = np.random.default_rng(0)
-        self._pool = ThreadPoolExecutor(2)
-        self._ahead = [self._submit() for _ in range(depth)]
-        self._alive: list[Any] = []
-
-    def _submit(self) -> Any:
-        ids = self._rng.integers(0, len(self._store), self._batch)
-        return self._pool.submit(
-            lambda: (self._store.fetch(ids, self._check).data, self._store.label[ids].reshape(-1, 1))
-        )
-
-    def __call__(self) -> Any:
-        self._ahead.append(self._submit())
-        batch = self._ahead.pop(0).result()
-        self._alive = [*self._alive[-6:], batch]  # DALI reads the arrays in place
-        return batch
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _store_pipe(store: shards.Store, batch: int, check: bool = True) -> Iterator[Any]:
-    source = _RandomBatches(store, batch, check)
-    pipe = Pipeline(batch_size=batch, num_threads=2, device_id=None, prefetch_queue_depth=2)
-    with pipe:
-        jpeg, label = fn.external_source(
-            source=source,
-            num_outputs=2,
-            batch=True,
-            no_copy=True,
-            dtype=[types.UINT8, types.INT32],
-            ndim=[1, 1],
-        )
-        pipe.set_outputs(fn.peek_image_shape(jpeg), label)
-    pipe.build()
-    try:
-        yield pipe
-    finally:
-        source.close()
-
-
-def _dali_reader_pipe(folder: Path, batch: int) -> Any:
-    tars = sorted(folder.glob("*.tar"))
-    pipe = Pipeline(batch_size=batch, num_threads=2, device_id=None, prefetch_queue_depth=2)
-    with pipe:
-        jpeg, label = fn.readers.webdataset(
-            paths=[str(tar) for tar in tars],
-            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
-            ext=["jpg", "cls"],
-            random_shuffle=True,
-            initial_fill=1024,
-            missing_component_behavior="error",
-        )
-        pipe.set_outputs(fn.peek_image_shape(jpeg), label)
-    pipe.build()
-    return pipe
-
-
-def _run(pipe: Any, batches: int) -> None:
-    for _ in range(batches):
-        pipe.run()
-
-
-def _readers(command: ShardsBenchmark, rows: _Rows, memory: Path) -> None:
-    batches = max(8, command.images // command.batch)
-    theirs = _dali_reader_pipe(memory / "out" / "tar1", command.batch)
-    with contextlib.ExitStack() as stack:
-        jobs: dict[str, Callable[[], object]] = {
-            "random reads: fn.readers.webdataset": partial(_run, theirs, batches)
-        }
-        for kind, check in (("tar", True), ("beton", True), ("tar", False)):
-            store = stack.enter_context(shards.open(memory / "out" / f"{kind}1"))
-            pipe = stack.enter_context(_store_pipe(store, command.batch, check))
-            what = "checked" if check else "unchecked, as DALI's"
-            jobs[f"random reads: store, {kind}, {what}"] = partial(_run, pipe, batches)
-        rows.measure(batches * command.batch, jobs)
-
-
-def _stall_ms(work: Callable[[], object]) -> dict[str, float]:
-    """How late another Python thread, which wants to run every millisecond, gets its turn meanwhile."""
-    late_ms: list[float] = []
-    stop = threading.Event()
-
-    def tick() -> None:
-        while not stop.is_set():
-            began_s = time.perf_counter()
-            time.sleep(0.001)
-            late_ms.append((time.perf_counter() - began_s) * 1000 - 1)
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    work()
-    stop.set()
-    thread.join()
-    return {f"p{q}": float(np.percentile(late_ms, q)) for q in (50, 99, 100)}
-
-
-def _evict(folder: Path) -> None:
-    os.sync()
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _stalls(command: ShardsBenchmark, memory: Path, disk: Path) -> dict[str, dict[str, float]]:
-    """Stalls of another thread while DALI is fed from files that are not in memory, and while nothing is done."""
-    folder = disk / "cold"
-    shutil.copytree(memory / "out" / "tar1", folder)
-    batches = max(8, command.images // command.batch)
-
-    def through_the_store() -> None:
-        with shards.open(folder) as store, _store_pipe(store, command.batch) as pipe:
-            for _ in range(batches):
-                pipe.run()
-
-    def through_mappings_alone() -> None:
-        with shards.open(folder) as store:
-            rng, alive = np.random.default_rng(0), []
-
-            def source() -> Any:
-                ids = rng.integers(0, len(store), command.batch)
-                alive.append([store.read(int(i)) for i in ids])
-                return alive[-1]
-
-            pipe = Pipeline(batch_size=command.batch, num_threads=2, device_id=None, prefetch_queue_depth=2)
-            with pipe:
-                pipe.set_outputs(
-                    fn.external_source(source=source, batch=True, no_copy=True, dtype=types.UINT8, ndim=1)
-                )
-            pipe.build()
-            for _ in range(batches):
-                pipe.run()
-
-    found = {"nothing else": _stall_ms(lambda: time.sleep(1))}
-    for name, work in (("store", through_the_store), ("mappings alone", through_mappings_alone)):
-        _evict(folder)
-        began_s = time.perf_counter()
-        found[name] = _stall_ms(work)
-        found[name]["img_per_s"] = batches * command.batch / (time.perf_counter() - began_s)
-    return found
 
 
 def _manifest_open_s(disk: Path, repeats: int) -> float:
@@ -427,26 +220,34 @@ def _manifest_open_s(disk: Path, repeats: int) -> float:
     return statistics.median(times)
 
 
-def _ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The project's targets: what was measured, and what is wanted."""
+def _ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """What was measured, and what is wanted at least, where something is."""
 
     def ratio(a: str, b: str, unit: str) -> float | None:
         return rows[a][unit] / rows[b][unit] if a in rows and b in rows else None
 
     cpu, clock = "img_per_cpu_s", "img_per_s"
-    found = {
+    theirs = "fn.readers.webdataset"
+    scaled = {
+        "copying": ("build to tar after the start, {} worker{}", 1.8),
+        "encoding again": ("build with --shorter-side 256 --quality 90 after the start, {} worker{}", 1.8),
+        "read + write alone": ("read + write alone, {} process{}", None),
+    }
+    found: dict[str, tuple[float | None, float | None]] = {
         "tar / ShardWriter": (ratio("build to tar, 1 worker", "webdataset.ShardWriter(mtime=0)", cpu), 0.75),
         ".beton / ffcv": (ratio("build to .beton, 1 worker", "ffcv.DatasetWriter, 1 worker", cpu), 15.0),
-        "2 workers / 1": (
-            ratio("build to tar after the start, 2 workers", "build to tar after the start, 1 worker", clock),
-            1.8,
-        ),
-        "store / DALI's reader": (
-            ratio("random reads: store, tar, checked", "random reads: fn.readers.webdataset", clock),
-            2.0,
-        ),
-        "xxh3 / sha256": (ratio("xxh3-64 alone", "sha256 alone", cpu), 1.0),
     }
+    for name, (row, wanted) in scaled.items():
+        more = "es" if row.endswith("process{}") else "s"
+        found[f"two / one, {name}"] = ratio(row.format(2, more), row.format(1, ""), clock), wanted
+    for end in ENDS:
+        for how, wanted in (("not scanned", 2.0 if end == "header" else None), ("scanned", None)):
+            name = f"random reads, {end}"
+            found[f"{name}: store, {how} / DALI's reader"] = (
+                ratio(f"{name}: store, tar, {how}", f"{name}: {theirs}", clock),
+                wanted,
+            )
+    found["xxh3 / sha256"] = ratio("xxh3-64 alone", "sha256 alone", cpu), 1.0
     return {name: {"measured": m, "wanted": w} for name, (m, w) in found.items() if m is not None}
 
 
@@ -458,9 +259,10 @@ def _report(result: dict[str, Any]) -> str:
             f"{row[key]:9.0f} {unit}" if key in row else " " * (10 + len(unit))
             for key, unit in (("img_per_cpu_s", "img/CPU-s"), ("img_per_s", "img/s"))
         )
-        print(f"{name:44s} {cpu} {clock}".rstrip(), file=out)
+        print(f"{name:68s} {cpu} {clock}".rstrip(), file=out)
     for name, row in result["ratios"].items():
-        print(f"{name:44s} {row['measured']:9.2f} (wanted: {row['wanted']:g} or more)", file=out)
+        wanted = f" (wanted: {row['wanted']:g} or more)" if row["wanted"] else ""
+        print(f"{name:64s} {row['measured']:9.2f}{wanted}", file=out)
     for name, row in result["stall_ms"].items():
         rate = f", {row['img_per_s']:.0f} img/s" if "img_per_s" in row else ""
         print(
@@ -475,7 +277,7 @@ def _report(result: dict[str, Any]) -> str:
 def main() -> None:
     """Run the benchmark and print its table."""
     command = tyro.cli(ShardsBenchmark, description=ShardsBenchmark.__doc__)
-    rows = _Rows(command.repeats)
+    rows = Rows(command.repeats)
     with (
         tempfile.TemporaryDirectory(dir=command.memory) as memory_name,
         tempfile.TemporaryDirectory(dir=command.disk) as disk_name,
@@ -487,15 +289,15 @@ def main() -> None:
             _ffcv(command, rows, files, memory)
         else:
             print(f"{command.ffcv_python}: not there, so ffcv's row is left out; see tests/install_ffcv.sh")
-        _scaling(rows, files, memory)
-        _readers(command, rows, memory)
+        rows.rows |= scaling(files, memory / "source", memory, command.repeats)
+        random_reads(rows, memory / "out", command.batch, 16 * command.images)
         result = {
             **environment(),
             "image_kb": float(np.mean([path.stat().st_size for path in files])) / 1000,
             "images": command.images,
             "rows": rows.rows,
             "ratios": _ratios(rows.rows),
-            "stall_ms": _stalls(command, memory, disk),
+            "stall_ms": stalls(memory / "out" / "tar1", disk, command.batch, command.images),
             "manifest_open_s": _manifest_open_s(disk, command.repeats),
         }
     print(_report(result), end="")
