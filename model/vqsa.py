@@ -47,6 +47,9 @@ class Losses(NamedTuple):
     """(N, D) what was quantised, without gradients: what `VQSA.update_codebook` wants. None unless the
     configuration has ema, revive_after or centre."""
 
+    usage: Tensor | None = None
+    """int64 (K,), how many of the features have each code in code_index; None as `features`."""
+
 
 class Features(NamedTuple):
     """What a forward pass with return_features=True returns."""
@@ -156,7 +159,7 @@ class VQSA(nn.Module):
         code_BD = code_index = sqdist = attention_B22 = None
         vq = commit = zero
         fused = z_BD
-        features_ND = None
+        features_ND = usage_K = None
         if self.codebook is not None:
             features_ND = self._features(map_BDhw)
             result = self.codebook(features_ND)
@@ -166,7 +169,7 @@ class VQSA(nn.Module):
                 code_BD = code_BD.view(batch, height * width, dim).mean(1)
                 code_index = code_index.view(batch, height, width)
                 sqdist = sqdist.view(batch, height, width)
-            vq, commit = result.vq_loss, result.commit_loss
+            vq, commit, usage_K = result.vq_loss, result.commit_loss, result.usage_K
             if self.config.fusion == "replace":
                 fused = code_BD
             elif self.config.fusion == "add":
@@ -186,7 +189,8 @@ class VQSA(nn.Module):
         moving = self.codebook is not None and self.codebook.upkeep is not None
         kept_ND = features_ND.detach() if moving and features_ND is not None else None
         finite_B = z_BD.detach().isfinite().all(1)
-        return Losses(loss, ce, vq, commit, logits, code_index, finite_B, kept_ND)
+        kept_K = usage_K if moving else None
+        return Losses(loss, ce, vq, commit, logits, code_index, finite_B, kept_ND, kept_K)
 
     @torch.no_grad()
     def initialise_codebook(self, *images: Tensor) -> None:
@@ -232,7 +236,9 @@ class VQSA(nn.Module):
             return
         z_ND = torch.cat([out.features for out in outputs if out.features is not None])
         index_N = torch.cat([out.code_index.flatten() for out in outputs if out.code_index is not None])
-        self.codebook.update(z_ND, index_N, parts=len(outputs))
+        used = [out.usage for out in outputs if out.usage is not None]
+        usage_K = torch.stack(used).sum(0) if len(used) == len(outputs) else None
+        self.codebook.update(z_ND, index_N, parts=len(outputs), usage_K=usage_K)
 
     def _features(self, map_BDhw: Tensor) -> Tensor:
         """What is quantised: every position of the map, or its mean."""

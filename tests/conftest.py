@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from model.codebook.kernels import Kernels
 from shards.build import BuildOptions, build
+from tests.codebook_shim import build_shim
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(
                 pytest.mark.skip(reason="no CUDA device here: run `make gpu-check` on a machine with one")
             )
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The codebook's CUDA kernels, run on the CPU."""
+    return build_shim(tmp_path_factory.mktemp("shim"))
 
 
 def data_root() -> Path | None:

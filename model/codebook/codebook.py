@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.codebook.global_batch import GlobalBatch
 from model.codebook.kmeans import kmeans
-from model.codebook.quantize import Quantised, quantize
+from model.codebook.quantize import Quantised, quantize, usage_of
 from model.codebook.top_k import Weights, quantize_top_k
 from model.codebook.upkeep import Upkeep
 from model.codebook.usage import Usage
@@ -135,14 +135,15 @@ class Codebook(nn.Module):
         centre_D = self.upkeep.centre_D if self.upkeep is not None and self.upkeep.centre else None
         if self.top_k == 1:
             result = quantize(z_ND, self.codes, self.metric, self.reduction, self.memory_mib, centre_D)
-            index = result.index_N
+            usage_K = result.usage_K
         else:
-            result, index = quantize_top_k(
+            result, index_Nk = quantize_top_k(
                 z_ND, self.codes, self.top_k, self.top_k_weights, self.metric, self.reduction,
                 self.memory_mib, centre_D,
             )  # fmt: skip
+            usage_K = usage_of(index_Nk, len(self.codes))
         if self.training:
-            self.usage.add(index, result.sqdist_N)
+            self.usage.add(usage_K, result.sqdist_N)
         return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -202,7 +203,7 @@ class Codebook(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     @torch.no_grad()
-    def update(self, z_ND: Tensor, index_N: Tensor, parts: int = 1) -> None:
+    def update(self, z_ND: Tensor, index_N: Tensor, parts: int = 1, usage_K: Tensor | None = None) -> None:
         """Moving average, revival and centre, after an optimiser step; nothing where none is on.
 
         Every rank must call it with the same number of features.
@@ -211,9 +212,10 @@ class Codebook(nn.Module):
             z_ND: this rank's features of the step, as they were quantised.
             index_N: int64, their codes; −1 for a feature that is not finite, which is left out.
             parts: as in `initialise_from`.
+            usage_K: int64, how many of them have each code, if it is at hand (`Quantised.usage_K`).
         """
         if self.upkeep is not None:
-            self.upkeep.update(self.codes, GlobalBatch(z_ND, parts), index_N.flatten())
+            self.upkeep.update(self.codes, GlobalBatch(z_ND, parts), index_N.flatten(), usage_K)
 
     @property
     def usage_K(self) -> Tensor:

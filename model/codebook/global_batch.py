@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.codebook.quantize import usage_of
 from model.codebook.segment_sum import segment_sum
 
 _COLUMNS = 256  # dimensions summed at a time: bounds the float64 copies
@@ -70,9 +71,7 @@ class GlobalBatch:
 
     def counts(self, index_N: Tensor, codes: int) -> Tensor:
         """How many features of all ranks have each index: int64 (K,); negative ones are left out."""
-        used = index_N.new_zeros(codes)
-        used.scatter_add_(0, index_N.clamp_min(0), (index_N >= 0).long())
-        return self.reduced(used)
+        return self.reduced(usage_of(index_N, codes))
 
     def sums(self, index_N: Tensor, codes: int) -> Tensor:
         """Exact sums of the features of each index over all ranks, float64 (K, D).

@@ -15,10 +15,10 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libvqsa_codebook.so")
 
-TILE_AUTO, TILE_WIDE, TILE_NARROW, TILE_HOPPER = 0, 1, 2, 3
+TILE_AUTO, TILE_WIDE, TILE_NARROW, TILE_HOPPER, TILE_ANY = 0, 1, 2, 3, 4
 """VqsaTile of csrc/codebook.h."""
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
 class Nearest(NamedTuple):
@@ -54,7 +54,7 @@ class Kernels:
             pointer, i32, i64, i32, i32, pointer, pointer, pointer, i64, pointer,
         ]  # fmt: skip
         lib.vqsa_codebook_search.argtypes = [
-            pointer, i32, i64, pointer, i32, i64, i32, i32, i32, *[pointer] * 9,
+            pointer, i32, i64, pointer, i32, i64, i32, i32, i32, *[pointer] * 10,
         ]  # fmt: skip
         lib.vqsa_codebook_products.argtypes = [
             pointer,
@@ -67,13 +67,29 @@ class Kernels:
             pointer,
             pointer,
         ]
+        lib.vqsa_codebook_capability.argtypes = [pointer]
+        lib.vqsa_codebook_segment_sum_bytes.argtypes = [i64, i32]
+        lib.vqsa_codebook_segment_sum_bytes.restype = i64
+        lib.vqsa_codebook_segment_sum.argtypes = [
+            pointer, i32, i64, i32, *[pointer] * 5, i64, pointer, pointer,
+        ]  # fmt: skip
         self._lib = lib
+        self._capabilities: dict[torch.device, int] = {}
         self.max_dim: int = lib.vqsa_codebook_max_dim()
 
     def _check(self, status: int) -> None:
         if status != 0:
             why: bytes = self._lib.vqsa_codebook_last_error()
             raise RuntimeError(f"codebook kernels: {why.decode()}")
+
+    def capability(self, device: torch.device) -> int:
+        """Compute capability of a device, 90 for 9.0."""
+        if device not in self._capabilities:
+            found = ctypes.c_int32()
+            with _device(device):
+                self._check(self._lib.vqsa_codebook_capability(ctypes.byref(found)))
+            self._capabilities[device] = found.value
+        return self._capabilities[device]
 
     def prepared_bytes(self, codes: int, dim: int, cosine: bool) -> int:
         """Bytes that a prepared codebook takes."""
@@ -107,7 +123,7 @@ class Kernels:
         if prepared is None:
             prepared = codes_KD.new_empty(self.prepared_bytes(codes, dim, cosine), dtype=torch.uint8)
         workspace = codes_KD.new_empty(self.workspace_bytes(1, codes, dim, cosine), dtype=torch.uint8)
-        with _device(codes_KD):
+        with _device(codes_KD.device):
             self._check(
                 self._lib.vqsa_codebook_prepare(
                     codes_KD.data_ptr(), _TYPES[codes_KD.dtype], codes, dim, cosine,
@@ -121,6 +137,7 @@ class Kernels:
     def search(
         self, z_ND: Tensor, codes_KD: Tensor, cosine: bool, prepared: Tensor, gather: bool = False,
         usage_K: Tensor | None = None, tile: int = TILE_AUTO, effort_2: Tensor | None = None,
+        alarm_1: Tensor | None = None,
     ) -> Nearest:  # fmt: skip
         """Search, and gather if asked.
 
@@ -132,6 +149,8 @@ class Kernels:
             usage_K: int64; how many features chose each code is added.
             tile: how to cut the work.
             effort_2: int64; how many candidates were measured and how many features were scanned again is added.
+            alarm_1: int32, on the device or page-locked; set to 1 if the Hopper kernel stalled. The answer is
+                right then too.
         """
         count, dim = z_ND.shape
         codes = codes_KD.shape[0]
@@ -142,7 +161,7 @@ class Kernels:
             z_ND.new_empty(count if gather else 0, dtype=torch.float64),
         )
         workspace = z_ND.new_empty(self.workspace_bytes(count, codes, dim, cosine, tile), dtype=torch.uint8)
-        with _device(z_ND):
+        with _device(z_ND.device):
             self._check(
                 self._lib.vqsa_codebook_search(
                     z_ND.data_ptr(), _TYPES[z_ND.dtype], count, codes_KD.data_ptr(), _TYPES[codes_KD.dtype],
@@ -150,18 +169,43 @@ class Kernels:
                     result.index_N.data_ptr(), result.sqdist_N.data_ptr(),
                     result.quantised_ND.data_ptr() if gather else None,
                     result.error_N.data_ptr() if gather else None,
-                    None if usage_K is None else usage_K.data_ptr(),
-                    None if effort_2 is None else effort_2.data_ptr(), _stream(z_ND),
+                    *(None if t is None else t.data_ptr() for t in (usage_K, effort_2, alarm_1)), _stream(z_ND),
                 )
             )  # fmt: skip
         return result
+
+    def segment_sum(
+        self, z_ND: Tensor, order_N: Tensor, slot_N: Tensor, out_SD: Tensor,
+        code_ND: Tensor | None = None, scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """out[s] = Σ z[order[i]] over the i whose slot is s, or scale · Σ (code − z), in float64 and a fixed order.
+
+        Args:
+            z_ND: contiguous, float16, bfloat16, float32 or float64.
+            order_N: int64, the features sorted by slot.
+            slot_N: int32, ascending: the row of the result of each, negative to leave the feature out.
+            out_SD: float64 if z is, else float32; written and returned.
+            code_ND: contiguous float32.
+            scale: float64 scalar.
+        """
+        count, dim = z_ND.shape
+        workspace = z_ND.new_empty(self._lib.vqsa_codebook_segment_sum_bytes(count, dim), dtype=torch.uint8)
+        with _device(z_ND.device):
+            self._check(
+                self._lib.vqsa_codebook_segment_sum(
+                    z_ND.data_ptr(), _TYPES[z_ND.dtype], count, dim, order_N.data_ptr(), slot_N.data_ptr(),
+                    *(None if t is None else t.data_ptr() for t in (code_ND, scale)),
+                    out_SD.data_ptr(), len(out_SD), workspace.data_ptr(), _stream(z_ND),
+                )
+            )  # fmt: skip
+        return out_SD
 
     def products(self, features_ND: Tensor, codes_KD: Tensor, tile: int) -> Tensor:
         """z·e of float16 matrices, float32 (N, K), accumulated as the search does; D a multiple of 32."""
         count, dim = features_ND.shape
         out_NK = features_ND.new_empty(count, codes_KD.shape[0], dtype=torch.float32)
         numbers_N = torch.arange(count, dtype=torch.int32, device=features_ND.device)
-        with _device(features_ND):
+        with _device(features_ND.device):
             self._check(
                 self._lib.vqsa_codebook_products(
                     features_ND.data_ptr(), numbers_N.data_ptr(), count, codes_KD.data_ptr(),
@@ -199,5 +243,5 @@ def _stream(tensor: Tensor) -> int | None:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
-def _device(tensor: Tensor) -> torch.cuda.device:
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+def _device(device: torch.device) -> torch.cuda.device:
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from model.codebook.choice import variant_for
 from model.codebook.kernels import kernels_for
 from model.codebook.prepared import Metric, PreparedCodebook
 from model.codebook.search import check_vectors, nearest_code, search_in_blocks
-from model.codebook.segment_sum import segment_sum_dense
+from model.codebook.segment_sum import segment_sum_dense, segment_sum_of_differences
 
 _ROWS = 1024  # features whose losses are summed at a time on a CPU
 
@@ -37,6 +38,9 @@ class Quantised(NamedTuple):
     commit_loss: Tensor
     """float32 scalar ‖z − sg(e)‖², moves only the features (paper, eq. 9)."""
 
+    usage_K: Tensor
+    """int64, how many features have each code in index_N; a feature with −1 counts for none."""
+
 
 @torch.library.custom_op("vqsa::gather_codes", mutates_args=())
 def gather_codes(codes_KD: Tensor, index_N: Tensor) -> Tensor:
@@ -48,6 +52,15 @@ def _(codes_KD: Tensor, index_N: Tensor) -> Tensor:
     return codes_KD.new_empty(index_N.shape[0], codes_KD.shape[1])
 
 
+def usage_of(index: Tensor, codes: int) -> Tensor:
+    """How often each code occurs in an index of any shape: int64 (K,); negative ones are left out.
+
+    Not by bincount: the size of its result would have to be read back from the device.
+    """
+    index = index.flatten()
+    return index.new_zeros(codes).scatter_add_(0, index.clamp_min(0), (index >= 0).long())
+
+
 @torch.library.custom_op("vqsa::sum_by_code", mutates_args=())
 def _sum_by_code(z_ND: Tensor, index_N: Tensor, codes: int) -> Tensor:
     return segment_sum_dense(z_ND, index_N, codes)
@@ -56,6 +69,16 @@ def _sum_by_code(z_ND: Tensor, index_N: Tensor, codes: int) -> Tensor:
 @_sum_by_code.register_fake
 def _(z_ND: Tensor, index_N: Tensor, codes: int) -> Tensor:
     return z_ND.new_empty(codes, z_ND.shape[1])
+
+
+@torch.library.custom_op("vqsa::codes_gradient", mutates_args=())
+def _codes_gradient(code_ND: Tensor, z_ND: Tensor, scale: Tensor, index_N: Tensor, codes: int) -> Tensor:
+    return segment_sum_of_differences(code_ND, z_ND, scale, index_N, codes)
+
+
+@_codes_gradient.register_fake
+def _(code_ND: Tensor, z_ND: Tensor, scale: Tensor, index_N: Tensor, codes: int) -> Tensor:
+    return code_ND.new_empty(codes, z_ND.shape[1])
 
 
 def _remember(
@@ -76,8 +99,8 @@ gather_codes.register_autograd(_gather_backward, setup_context=_remember)
 @torch.library.custom_op("vqsa::quantize", mutates_args=())
 def _quantize(
     z_ND: Tensor, codes_KD: Tensor, metric: str, memory_mib: int, prepared: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Search, gather and Σ‖z − e‖² in one pass: quantised, index, sqdist, and the sum twice (float64 scalars).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Search, gather, count and Σ‖z − e‖²: quantised, index, sqdist, that sum twice (float64 scalars), usage.
 
     The sum comes twice because its two gradients go two ways: the first to the codes, the second to the
     features.
@@ -87,9 +110,11 @@ def _quantize(
     if fused is not None:
         z_ND, codes_KD = z_ND.contiguous(), codes_KD.contiguous()
         ready = fused.prepare(codes_KD, cosine) if prepared is None else prepared
-        found = fused.search(z_ND, codes_KD, cosine, ready, gather=True)
+        usage_K = torch.zeros(len(codes_KD), dtype=torch.int64, device=z_ND.device)
+        tile, alarm_1 = variant_for(fused, z_ND.device)
+        found = fused.search(z_ND, codes_KD, cosine, ready, True, usage_K, tile, alarm_1=alarm_1)
         total = found.error_N.sum()
-        return found.quantised_ND, found.index_N, found.sqdist_N, total, total.clone()
+        return found.quantised_ND, found.index_N, found.sqdist_N, total, total.clone(), usage_K
     index_N, sqdist_N = search_in_blocks(z_ND, codes_KD, cosine, memory_mib)
     code_ND = codes_KD.index_select(0, index_N.clamp_min(0)).float()
     total = torch.zeros((), dtype=torch.float64, device=z_ND.device)
@@ -97,13 +122,13 @@ def _quantize(
         rows = slice(start, start + _ROWS)
         total += (code_ND[rows].double() - z_ND[rows].double()).square().sum()
     total.masked_fill_((index_N < 0).any(), torch.nan)
-    return code_ND, index_N, sqdist_N, total, total.clone()
+    return code_ND, index_N, sqdist_N, total, total.clone(), usage_of(index_N, len(codes_KD))
 
 
 @_quantize.register_fake
 def _(
     z_ND: Tensor, codes_KD: Tensor, metric: str, memory_mib: int, prepared: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count, dim = z_ND.shape
     return (
         z_ND.new_empty((count, dim), dtype=torch.float32),
@@ -111,6 +136,7 @@ def _(
         z_ND.new_empty(count, dtype=torch.float32),
         z_ND.new_empty((), dtype=torch.float64),
         z_ND.new_empty((), dtype=torch.float64),
+        z_ND.new_empty(codes_KD.shape[0], dtype=torch.int64),
     )
 
 
@@ -129,19 +155,19 @@ def _quantize_backward(
     _sqdist: Tensor | None,
     vq: Tensor | None,
     commit: Tensor | None,
+    _usage: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     z_ND, code_ND, index_N = ctx.saved_tensors  # type: ignore[attr-defined]
     towards_z, towards_codes = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-    away_ND = code_ND - z_ND.float()
     z_grad_ND = codes_grad_KD = None
     if towards_z and commit is not None:
-        z_grad_ND = away_ND * (-2 * commit).float()
+        z_grad_ND = (code_ND - z_ND.float()) * (-2 * commit).float()
     if towards_z and through_ND is not None:
         z_grad_ND = through_ND if z_grad_ND is None else z_grad_ND + through_ND
     if z_grad_ND is not None:
         z_grad_ND = z_grad_ND.to(z_ND.dtype)
     if towards_codes and vq is not None:
-        codes_grad_KD = _sum_by_code(away_ND * (2 * vq).float(), index_N, ctx.codes)  # type: ignore[attr-defined]
+        codes_grad_KD = _codes_gradient(code_ND, z_ND, 2 * vq, index_N, ctx.codes)  # type: ignore[attr-defined]
         codes_grad_KD = codes_grad_KD.to(ctx.codes_dtype)  # type: ignore[attr-defined]
     return z_grad_ND, codes_grad_KD, None, None, None
 
@@ -183,18 +209,19 @@ def quantize(
     with torch.autocast(z_ND.device.type, enabled=False):
         if centre_D is not None:
             index_N, sqdist_N = nearest_code(*about(z_ND, codes_KD, centre_D), metric, memory_mib=memory_mib)
-            return straight_through(z_ND, gather_codes(codes_KD, index_N), index_N, sqdist_N, reduction)
+            code_ND, usage_K = gather_codes(codes_KD, index_N), usage_of(index_N, len(codes_KD))
+            return straight_through(z_ND, code_ND, index_N, sqdist_N, reduction, usage_K)
         ready = None if prepared is None else prepared.buffer_for(codes_KD, metric)
-        quantised_ND, index_N, sqdist_N, vq_sum, commit_sum = _quantize(
+        quantised_ND, index_N, sqdist_N, vq_sum, commit_sum, usage_K = _quantize(
             z_ND, codes_KD, metric, memory_mib, ready
         )
         divisor = z_ND.numel() if reduction == "mean" else z_ND.shape[0]
         vq_loss, commit_loss = (vq_sum / divisor).float(), (commit_sum / divisor).float()
-        return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss)
+        return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss, usage_K)
 
 
 def straight_through(
-    z_ND: Tensor, code_ND: Tensor, index_N: Tensor, sqdist_N: Tensor, reduction: str
+    z_ND: Tensor, code_ND: Tensor, index_N: Tensor, sqdist_N: Tensor, reduction: str, usage_K: Tensor
 ) -> Quantised:
     """The output and the two losses, once each feature has its code; float32, outside autocast.
 
@@ -206,7 +233,7 @@ def straight_through(
     commit_loss = _reduce((z_ND - code_ND.detach()).square(), reduction).masked_fill(without_code, torch.nan)
     # z − sg(z) is exactly zero, so the value is the code to the last bit; z + sg(e − z) would be rounded.
     quantised_ND = code_ND.detach() + (z_ND - z_ND.detach())
-    return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss)
+    return Quantised(quantised_ND, index_N, sqdist_N, vq_loss, commit_loss, usage_K)
 
 
 def about(z_ND: Tensor, codes_KD: Tensor, centre_D: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.codebook.kernels import TILE_AUTO, TILE_HOPPER, kernels_for
+from model.codebook.choice import variant_for
+from model.codebook.kernels import kernels_for
 from model.codebook.prepared import Metric, PreparedCodebook
 
 _UNIT = 2.0**-24  # half a float32 unit in the last place
@@ -47,9 +48,9 @@ def nearest_code(
         codes_KD: codebook, of the same or another of these types, on the same device; K and D >= 1.
         metric: "l2", or "cosine": both sides are normalised first (in float64), so that the squared distance
             is 2 − 2 cos. A zero feature gets index 0; the cosine to a zero code is 0.
-        impl: "cuda" takes the kernels, "torch" the implementation in this file, "auto" the kernels where they
-            can be used. "hopper" is a variant of the kernels for compute capability 9.0 that has not run on a
-            GPU yet.
+        impl: "torch" is the implementation in this file, "cuda" the kernels with mma.sync, "hopper" their variant
+            for compute capability 9.0; "auto" takes the kernels where they can be used, and the variant where a
+            trial on the device has shown that it is right (choice.py). The answer has the same bits in all.
         memory_mib: limit on the workspace of "torch" in MiB, beside inputs and outputs. The kernels need less
             than 64, and the prepared codebook.
         prepared: what the kernels need to know of these codes, if it is at hand; else they find out first.
@@ -113,8 +114,8 @@ def _nearest_code(
     if fused is not None:
         z_ND, codes_KD = z_ND.contiguous(), codes_KD.contiguous()
         ready = fused.prepare(codes_KD, cosine) if prepared is None else prepared
-        tile = TILE_HOPPER if impl == "hopper" else TILE_AUTO
-        found = fused.search(z_ND, codes_KD, cosine, ready, tile=tile)
+        tile, alarm_1 = variant_for(fused, z_ND.device, impl)
+        found = fused.search(z_ND, codes_KD, cosine, ready, tile=tile, alarm_1=alarm_1)
         return found.index_N, found.sqdist_N
     return search_in_blocks(z_ND, codes_KD, cosine, memory_mib)
 

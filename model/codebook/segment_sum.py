@@ -2,7 +2,9 @@
 
 The gradient of the codebook, a moving average of it and k-means all need Σ z over the features of each code.
 `index_add` on CUDA adds in the order in which threads arrive; here a stable sort brings each code's features
-together in their original order, and each sum runs along its own segment.
+together in their original order, and each sum runs along its own segment. On CUDA the kernels of csrc/segment.h read
+the features where they are and sum in float64, in runs of 64 features so that a code with very many of them keeps the
+whole device busy too.
 
 Shapes: N = features, K = codes, D = feature dimension, T = codes that got at least one feature.
 """
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from model.codebook.kernels import Kernels, kernels_for
 
 
 def segment_sum(z_ND: Tensor, index_N: Tensor, codes: int) -> tuple[Tensor, Tensor]:
@@ -31,6 +35,14 @@ def segment_sum(z_ND: Tensor, index_N: Tensor, codes: int) -> tuple[Tensor, Tens
     Waits for the device on CUDA, since T is not known before; `segment_sum_dense` does not.
     """
     _check(z_ND, index_N, codes)
+    kernels = kernels_for(z_ND, "auto")
+    if kernels is not None:
+        sorted_N, order_N = _sorted(index_N)
+        begins_N = sorted_N >= 0
+        begins_N[1:] &= sorted_N[1:] != sorted_N[:-1]
+        touched_T = sorted_N[begins_N].long()
+        slot_N = torch.where(sorted_N >= 0, begins_N.cumsum(0) - 1, -1).int()
+        return touched_T, _fused(kernels, z_ND, order_N, slot_N, len(touched_T))
     order_N, bound_K1 = _segments(index_N, codes)
     touched_T = (bound_K1.diff() > 0).nonzero()[:, 0]
     bound_T1 = torch.cat([bound_K1[touched_T], bound_K1[-1:]])
@@ -45,8 +57,34 @@ def segment_sum_dense(z_ND: Tensor, index_N: Tensor, codes: int) -> Tensor:
         sum_KD: dtype of z_ND.
     """
     _check(z_ND, index_N, codes)
+    kernels = kernels_for(z_ND, "auto")
+    if kernels is not None:
+        sorted_N, order_N = _sorted(index_N)
+        return _fused(kernels, z_ND, order_N, sorted_N, codes)
     order_N, bound_K1 = _segments(index_N, codes)
     return _sums(z_ND[order_N], bound_K1)
+
+
+def segment_sum_of_differences(
+    code_ND: Tensor, z_ND: Tensor, scale: Tensor, index_N: Tensor, codes: int
+) -> Tensor:
+    """scale · Σ (e − z) of each code: the codebook's gradient, without holding the differences on CUDA.
+
+    Args:
+        code_ND: float32, the code e of each feature.
+        z_ND: features, float16, bfloat16 or float32.
+        scale: float64 scalar.
+        index_N, codes: as in `segment_sum`.
+
+    Returns:
+        sum_KD: float32, zero for a code without features.
+    """
+    _check(z_ND, index_N, codes)
+    kernels = kernels_for(z_ND, "auto")
+    if kernels is not None:
+        sorted_N, order_N = _sorted(index_N)
+        return _fused(kernels, z_ND, order_N, sorted_N, codes, code_ND, scale)
+    return segment_sum_dense((code_ND - z_ND.float()) * scale.float(), index_N, codes)
 
 
 def _check(z_ND: Tensor, index_N: Tensor, codes: int) -> None:
@@ -55,6 +93,21 @@ def _check(z_ND: Tensor, index_N: Tensor, codes: int) -> None:
             f"segment_sum needs z (N, D), index (N,) and at least one code, got {tuple(z_ND.shape)}, "
             f"{tuple(index_N.shape)} and {codes}"
         )
+
+
+def _sorted(index_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in ascending order, int32 (half the work of the sort), and whose they are; left out ones negative."""
+    sorted_N, order_N = torch.sort(index_N.int(), stable=True)
+    return sorted_N, order_N
+
+
+def _fused(
+    kernels: Kernels, z_ND: Tensor, order_N: Tensor, slot_N: Tensor, slots: int,
+    code_ND: Tensor | None = None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    dtype = z_ND.dtype if z_ND.dtype == torch.float64 else torch.float32
+    out_SD = torch.empty(slots, z_ND.shape[1], dtype=dtype, device=z_ND.device)
+    return kernels.segment_sum(z_ND.contiguous(), order_N, slot_N, out_SD, code_ND, scale)
 
 
 def _segments(index_N: Tensor, codes: int) -> tuple[Tensor, Tensor]:

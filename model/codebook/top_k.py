@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.codebook.quantize import Quantised, about, gather_codes, straight_through
+from model.codebook.quantize import Quantised, about, gather_codes, straight_through, usage_of
 from model.codebook.search import _fold, _vectors
 from model.config import Metric
 
@@ -146,4 +146,5 @@ def quantize_top_k(
         code_ND = weight_Nk[:, :1] * gather_codes(codes_KD, index_Nk[:, 0])
         for place in range(1, k):
             code_ND = code_ND + weight_Nk[:, place, None] * gather_codes(codes_KD, index_Nk[:, place])
-        return straight_through(z_ND, code_ND, index_Nk[:, 0], sqdist_Nk[:, 0], reduction), index_Nk
+        index_N, usage_K = index_Nk[:, 0], usage_of(index_Nk[:, 0], len(codes_KD))
+        return straight_through(z_ND, code_ND, index_N, sqdist_Nk[:, 0], reduction, usage_K), index_Nk

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.codebook.global_batch import GlobalBatch
+from model.codebook.quantize import usage_of
 
 _CENTRE_RATE = 0.01  # share of the newest batch in the running centre, once 100 batches were seen
 
@@ -76,19 +77,22 @@ class Upkeep(nn.Module):
             self.centre_D.copy_(mean_D)
 
     @torch.no_grad()
-    def update(self, codes_KD: Tensor, batch: GlobalBatch, index_N: Tensor) -> None:
+    def update(
+        self, codes_KD: Tensor, batch: GlobalBatch, index_N: Tensor, usage_K: Tensor | None = None
+    ) -> None:
         """Take in a global batch; changes codes_KD in place.
 
         Args:
             codes_KD: the codes.
             batch: what was quantised in one optimiser step.
             index_N: int64, the code of each feature of this rank; −1 for none.
+            usage_K: int64, how many features of this rank have each code, if it is at hand.
         """
         total = len(codes_KD)
         self.step += 1
         self.steps.fill_(self.step)
         if self.ema or self.revive_after:
-            count_K = batch.counts(index_N, total)
+            count_K = batch.reduced(usage_of(index_N, total) if usage_K is None else usage_K.clone())
         if self.ema:
             sum_KD = batch.sums(index_N, total)
             self.ema_count_K.mul_(self.ema).add_((1 - self.ema) * count_K)

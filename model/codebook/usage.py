@@ -26,10 +26,9 @@ class Usage:
         """Largest distance; maximum over ranks."""
 
     @torch.no_grad()
-    def add(self, index_Nk: Tensor, sqdist_N: Tensor) -> None:
-        """Take in the codes (N,) or (N, k) of a batch, −1 for none, and the distances to the nearest."""
-        index = index_Nk.flatten()
-        self.usage_K.scatter_add_(0, index.clamp_min(0), (index >= 0).long())
+    def add(self, usage_K: Tensor, sqdist_N: Tensor) -> None:
+        """Take in how often a batch's features chose each code, and their distances to the nearest."""
+        self.usage_K += usage_K
         sound_N = sqdist_N.isfinite()
         sqdist_N = torch.where(sound_N, sqdist_N, 0.0).double()
         self.moments_3 += torch.stack([sound_N.sum().double(), sqdist_N.sum(), sqdist_N.square().sum()])

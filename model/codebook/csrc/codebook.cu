@@ -8,6 +8,7 @@
 #include "hopper.h"
 #include "prepare.h"
 #include "resolve.h"
+#include "segment.h"
 
 namespace vqsa::codebook {
 namespace {
@@ -58,17 +59,22 @@ struct Plan {
   int splits;
 };
 
+bool allowed(VqsaTile tile, int32_t wanted, const Device& device) {
+  if (wanted == VQSA_TILE_ANY) return tile != VQSA_TILE_HOPPER || device.capability == 90;
+  return wanted == VQSA_TILE_AUTO ? tile != VQSA_TILE_HOPPER : wanted == tile;
+}
+
 /// The tile and number of splits that should end first: whole waves of blocks, each as long as its codes.
 Plan plan_search(int rows, int64_t codes, int32_t wanted, const Device& device) {
   const int row_tiles = static_cast<int>(divide_up(rows, kRowTile));
   Plan best = {VQSA_TILE_WIDE, 1};
   double least = 1e300;
   for (const VqsaTile tile : {VQSA_TILE_WIDE, VQSA_TILE_NARROW, VQSA_TILE_HOPPER}) {
-    if (wanted == VQSA_TILE_AUTO ? tile == VQSA_TILE_HOPPER : wanted != tile) continue;
+    if (!allowed(tile, wanted, device)) continue;
     const bool large = tile != VQSA_TILE_NARROW;
     const int64_t tiles = divide_up(codes, large ? Large::kCodes : Small::kCodes);
-    // A small tile moves more bytes for each product.
-    const double tile_cost = large ? Large::kCodes : 1.5 * Small::kCodes;
+    // A small tile moves more bytes for each product; mma.sync reaches some 0.6 of the rate of wgmma.
+    const double tile_cost = tile == VQSA_TILE_HOPPER ? 0.6 * Hopper::kCodes : large ? Large::kCodes : 1.5 * Small::kCodes;
     const int64_t most = std::min<int64_t>(tiles, 4 * device.multiprocessors / row_tiles + 1);
     for (int64_t splits = 1; splits <= most; ++splits) {
       const double waves = static_cast<double>(divide_up(row_tiles * splits, device.multiprocessors));
@@ -114,6 +120,7 @@ Workspace workspace_in(Pieces& pieces, const Sizes& sizes, int32_t dim, bool cos
   w.overflow = pieces.take<int32_t>(w.rows);
   w.overflow_rows = pieces.take<int32_t>(w.rows);
   w.overflow_total = pieces.take<int32_t>(1);
+  w.stalled = pieces.take<int32_t>(1);
   w.candidates = pieces.take<Candidate>(static_cast<int64_t>(w.rows) * w.capacity);
   w.partial = pieces.take<Partial>(kRowTile * static_cast<int64_t>(std::max(sizes.rescan_blocks, w.rows / kRowTile)));
   return w;
@@ -181,6 +188,13 @@ const char* vqsa_codebook_last_error() { return last_error.c_str(); }
 
 int64_t vqsa_codebook_max_dim() { return kMaxDim; }
 
+int vqsa_codebook_capability(int32_t* capability) {
+  Device found;
+  if (const char* why = device(found)) return fail("asking for the device", why);
+  *capability = found.capability;
+  return 0;
+}
+
 int64_t vqsa_codebook_prepared_bytes(int64_t codes, int32_t dim, int32_t cosine) {
   Pieces pieces = {nullptr};
   prepared_in(pieces, codes, dim, cosine != 0);
@@ -230,7 +244,8 @@ int vqsa_codebook_prepare(const void* codes_data, int32_t codes_type, int64_t co
 int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, const void* codes_data,
                          int32_t codes_type, int64_t code_count, int32_t dim, int32_t cosine, int32_t tile,
                          void* prepared_buffer, void* workspace, int64_t* index, float* sqdist, float* quantised,
-                         double* error, int64_t* usage, int64_t* effort, void* stream_handle) {
+                         double* error, int64_t* usage, int64_t* effort, int32_t* alarm,
+                         void* stream_handle) {
   const Stream stream = static_cast<Stream>(stream_handle);
   Device found;
   if (const char* why = device(found)) return fail("asking for the device", why);
@@ -240,7 +255,7 @@ int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, c
   const Sizes sizes = sizes_for(features, code_count, dim, tile, found);
   Pieces pieces = {static_cast<unsigned char*>(workspace)};
   const Workspace work = workspace_in(pieces, sizes, dim, cosine != 0);
-  const Outputs out = {index, sqdist, quantised, error, usage, effort};
+  const Outputs out = {index, sqdist, quantised, error, usage, effort, alarm};
   for (int64_t first = 0; first < features; first += sizes.rows) {
     const int rows = static_cast<int>(std::min<int64_t>(sizes.rows, features - first));
     const char* why = launch(shadow_features, rows, kRowThreads, kFoldBytes, stream, z, first, prepared, work, cosine != 0);
@@ -254,6 +269,28 @@ int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, c
     if (why != nullptr) return fail("searching the codebook", why);
   }
   return 0;
+}
+
+int64_t vqsa_codebook_segment_sum_bytes(int64_t count, int32_t dim) {
+  return 2 * divide_up(count, kRunRows) * dim * static_cast<int64_t>(sizeof(double));
+}
+
+int vqsa_codebook_segment_sum(const void* z, int32_t z_type, int64_t count, int32_t dim, const int64_t* order,
+                              const int32_t* slot, const float* code, const double* scale, void* out, int64_t slots,
+                              void* workspace, void* stream_handle) {
+  const Stream stream = static_cast<Stream>(stream_handle);
+  const Terms terms = {{z, z_type, dim, count}, code, scale};
+  const Segments segments = {order, slot, static_cast<double*>(workspace), out, slots};
+  const int64_t blocks = divide_up(count, kRunRows) * divide_up(dim, kRowThreads);
+  if (blocks > 0x7FFFFFFF || slots > 0x7FFFFFFF)
+    return fail("summing segments", "too many features or codes for one launch");
+  const char* why = nullptr;
+  if (slots > 0) why = launch(clear_rows, static_cast<int>(slots), kRowThreads, 0, stream, terms, segments);
+  if (blocks > 0 && why == nullptr)
+    why = launch(sum_runs, static_cast<int>(blocks), kRowThreads, kRunRows * 12, stream, terms, segments);
+  if (blocks > 0 && why == nullptr)
+    why = launch(join_runs, static_cast<int>(blocks), kRowThreads, 0, stream, terms, segments);
+  return why == nullptr ? 0 : fail("summing segments", why);
 }
 
 int vqsa_codebook_products(const void* features, const int32_t* numbers, int32_t rows, const void* codes,

@@ -1,11 +1,11 @@
-// The instructions that the kernels use: CUDA's own, or the same on the CPU (host_shim.h) for tests.
+// The instructions that the kernels use: CUDA's own, or the same on the CPU (shim/) for tests.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #if defined(VQSA_HOST_SHIM)
-#include "host_shim.h"
+#include "shim/cuda.h"
 #else
 
 #include <cuda.h>
@@ -35,6 +35,7 @@ VQ_DEVICE unsigned char* shared_memory() {
 
 VQ_DEVICE void block_sync() { __syncthreads(); }
 VQ_DEVICE void warp_sync() { __syncwarp(); }
+VQ_DEVICE bool warp_all(bool mine) { return __all_sync(0xFFFFFFFFu, mine) != 0; }
 
 template <class T>
 VQ_DEVICE T shuffle_xor(T value, int mask) {
@@ -98,16 +99,24 @@ VQ_DEVICE void barrier_expect(MemoryBarrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-VQ_DEVICE void barrier_wait(MemoryBarrier* barrier, uint32_t parity) {
+VQ_DEVICE bool barrier_passed(MemoryBarrier* barrier, uint32_t parity) {
+  uint32_t passed;
   asm volatile(
       "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\n"
-      "bra again;\n"
-      "over:\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(passed)
+      : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
+  return passed != 0;
+}
+/// False if the phase does not change within about a second, where microseconds are usual.
+VQ_DEVICE bool barrier_wait(MemoryBarrier* barrier, uint32_t parity) {
+  if (barrier_passed(barrier, parity)) return true;
+  const long long began = clock64();
+  while (!barrier_passed(barrier, parity))
+    if (clock64() - began > 1ll << 31) return false;
+  return true;
 }
 /// 64 halves of `count` rows (the map's box), swizzled by 128 bytes; zeros outside the matrix.
 VQ_DEVICE void load_tile(unsigned char* to, const TensorMap& map, MemoryBarrier* barrier, int column, int row, int) {

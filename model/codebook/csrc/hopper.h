@@ -2,6 +2,11 @@
 //
 // A block takes 128 features and 256 codes at a time. Each of two warpgroups has 64 of the features with all 256 codes,
 // so a feature's scores lie in four lanes of one warp and its limit needs no barrier.
+//
+// No wait lasts for ever. A warp that waited in vain is done with its features: `rescan` answers for them, `stalled`
+// tells the blocks to come not to begin, and the caller learns of it. It still issues its products, on whatever is in
+// the stages, since the four warps of a warpgroup must; but it frees no stage, so that no load can start late and
+// arrive after the block has ended.
 #pragma once
 
 #include "search.h"
@@ -21,6 +26,7 @@ struct Hopper {
 struct HopperLists {
   Candidate list[kRowTile][kListPlaces];
   int32_t count[kRowTile];
+  int32_t skip;  // nothing can be certified, or another block stalled
   MemoryBarrier full[Hopper::kStages];
   MemoryBarrier empty[Hopper::kStages];
 };
@@ -36,7 +42,7 @@ VQ_DEVICE void hopper_load(const TensorMap& features, const TensorMap& codes, un
   for (int tile = first_tile; tile < last_tile; ++tile) {
     for (int step = 0; step < steps; ++step) {
       unsigned char* to = stages + stage * Hopper::kStageBytes;
-      barrier_wait(&own.empty[stage], parity);
+      if (!barrier_wait(&own.empty[stage], parity)) return;
       barrier_expect(&own.full[stage], Hopper::kStageBytes);
       load_tile(to, features, &own.full[stage], step * Hopper::kDims, first_row, kRowTile);
       load_tile(to + Hopper::kFeatureBytes, codes, &own.full[stage], step * Hopper::kDims, tile * Hopper::kCodes,
@@ -125,13 +131,9 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
   const int steps = (prepared.pitch + Hopper::kDims - 1) / Hopper::kDims;
   unsigned char* stages = align_shared(shared_memory(), 1024);
   HopperLists& own = *reinterpret_cast<HopperLists*>(stages + Hopper::kStages * Hopper::kStageBytes);
-  if (prepared.header->uncertain != 0) {
-    if (thread < kRowTile && first_row + thread < row_count && work.kind[first_row + thread] == kNormal)
-      mark_overflow(work, first_row + thread);
-    return;
-  }
   if (thread < kRowTile) own.count[thread] = 0;
   if (thread == 0) {
+    own.skip = prepared.header->uncertain != 0 || atomic_read(work.stalled) != 0;
     for (int stage = 0; stage < Hopper::kStages; ++stage) {
       barrier_start(&own.full[stage], 1);
       barrier_start(&own.empty[stage], Hopper::kMultiplyThreads / 32);
@@ -139,6 +141,11 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
     barrier_started();
   }
   block_sync();
+  if (own.skip != 0) {
+    if (thread < kRowTile && first_row + thread < row_count && work.kind[first_row + thread] == kNormal)
+      mark_overflow(work, first_row + thread);
+    return;
+  }
 
   if (thread >= Hopper::kMultiplyThreads) {
     fewer_registers<40>();
@@ -158,10 +165,11 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
     float acc[Hopper::kCodes / 8][4];
     int stage = 0;
     uint32_t parity = 0;
+    bool sound = true;  // everything that this warp waited for has come
     for (int tile = first_tile; tile < last_tile; ++tile) {
       int before = -1;  // the stage that the products still in flight read
       for (int step = 0; step < steps; ++step) {
-        barrier_wait(&own.full[stage], parity);
+        if (sound) sound = warp_all(barrier_wait(&own.full[stage], parity));
         const unsigned char* a = stages + stage * Hopper::kStageBytes + warp / 4 * (64 * Hopper::kDims * 2);
         const unsigned char* b = stages + stage * Hopper::kStageBytes + Hopper::kFeatureBytes;
         wgmma_begin();
@@ -170,7 +178,7 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
         wgmma_commit();
         if (before >= 0) {
           wgmma_wait<1>(acc);
-          if (lane == 0) barrier_arrive(&own.empty[before]);
+          if (lane == 0 && sound) barrier_arrive(&own.empty[before]);
         }
         before = stage;
         if (++stage == Hopper::kStages) {
@@ -179,6 +187,7 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
         }
       }
       wgmma_wait<0>(acc);
+      if (!sound) continue;
       if (lane == 0) barrier_arrive(&own.empty[before]);
       hopper_take(acc, prepared, code_count, tile * Hopper::kCodes, row, feature, limit, own);
     }
@@ -186,9 +195,15 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int number = first_row + row + h * 8;
-        if (number < row_count) finish_list(work, number, own.list[row + h * 8], own.count[row + h * 8], limit[h]);
+        if (number >= row_count) continue;
+        if (sound) {
+          finish_list(work, number, own.list[row + h * 8], own.count[row + h * 8], limit[h]);
+        } else if (work.kind[number] == kNormal) {
+          mark_overflow(work, number);
+        }
       }
     }
+    if (!sound && lane == 0) atomic_exchange(work.stalled, 1);
   }
 #endif
 }

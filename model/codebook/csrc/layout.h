@@ -10,7 +10,7 @@ namespace vqsa::codebook {
 /// A matrix as the caller stores it, row after row.
 struct Rows {
   const void* data;
-  int32_t type;  // 0 float32, 1 float16, 2 bfloat16
+  int32_t type;  // 0 float32, 1 float16, 2 bfloat16, 3 float64 (segment sums only)
   int32_t dim;
   int64_t count;
 };
@@ -71,6 +71,7 @@ struct Workspace {
   int32_t* overflow;  // (rows) 1 + position in overflow_rows, or 0
   int32_t* overflow_rows;
   int32_t* overflow_total;  // (1)
+  int32_t* stalled;         // (1) not 0: a block of the Hopper search gave up waiting
   Candidate* candidates;    // (rows, capacity)
   Partial* partial;         // (overflowed rows, splits)
   int32_t rows, capacity;
@@ -95,6 +96,7 @@ VQ_DEVICE float from_ordered(uint32_t bits) {
 VQ_DEVICE double value(const Rows& rows, int64_t row, int column) {
   const int64_t at = row * rows.dim + column;
   if (rows.type == 0) return static_cast<const float*>(rows.data)[at];
+  if (rows.type == 3) return static_cast<const double*>(rows.data)[at];
   const uint16_t bits = static_cast<const uint16_t*>(rows.data)[at];
   return rows.type == 1 ? half_to_float(bits) : bits_float(static_cast<uint32_t>(bits) << 16);
 }

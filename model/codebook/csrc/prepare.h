@@ -113,13 +113,15 @@ VQ_KERNEL(kRowThreads) shadow_codes(Rows codes, Prepared prepared, bool cosine, 
     if (thread_index() == 0) prepared.norm[i] = norm == 0 ? -1.0 : norm;
     block_sync();
   }
-  const double divisor = cosine ? prepared.norm[i] : 1.0;
+  const double norm_or_one = cosine ? prepared.norm[i] : 1.0;
+  // Dividing by one changes nothing, but float64 division is slow.
+  auto vector = [&](int j) { const double x = value(codes, i, j); return cosine ? x / norm_or_one : x; };
   double bad = 0, any = 0, largest = 0;
   for (int j = thread_index(); j < codes.dim; j += thread_count()) {
     const double x = value(codes, i, j);
     if (!isfinite(x)) bad = 1;
     if (x != 0) any = 1;
-    const double shifted = fabs(x / divisor - prepared.centre[j]);
+    const double shifted = fabs(vector(j) - prepared.centre[j]);
     largest = shifted > largest ? shifted : largest;
   }
   const bool broken = block_reduce(bad, scratch, Largest()) > 0;
@@ -132,7 +134,7 @@ VQ_KERNEL(kRowThreads) shadow_codes(Rows codes, Prepared prepared, bool cosine, 
     raise = 14 - (leading_bit(largest) + unit);
     raise = raise > 114 ? 114 : raise;
   }
-  auto row = [&](int j) { return broken ? 0.0 : value(codes, i, j) / divisor - prepared.centre[j]; };
+  auto row = [&](int j) { return broken ? 0.0 : vector(j) - prepared.centre[j]; };
   const ShadowSums sums =
       write_shadow(prepared.shadow + i * prepared.pitch, prepared.pitch, codes.dim, row, unit + raise, scratch);
   if (thread_index() != 0) return;
@@ -165,11 +167,12 @@ VQ_KERNEL(kRowThreads) shadow_features(Rows z, int64_t first, Prepared prepared,
   }
   const bool zero = cosine && norm == 0;
   const double divisor = zero ? 1.0 : norm;
+  auto vector = [&](int j) { const double x = value(z, row_of_z, j); return cosine ? x / divisor : x; };
   double bad = 0, largest = 0;
   for (int j = thread_index(); j < z.dim; j += thread_count()) {
     const double x = value(z, row_of_z, j);
     if (!isfinite(x)) bad = 1;
-    const double shifted = fabs(x / divisor - prepared.centre[j]);
+    const double shifted = fabs(vector(j) - prepared.centre[j]);
     largest = shifted > largest ? shifted : largest;
   }
   const bool broken = block_reduce(bad, scratch, Largest()) > 0;
@@ -182,7 +185,7 @@ VQ_KERNEL(kRowThreads) shadow_features(Rows z, int64_t first, Prepared prepared,
     exponent = 14 - leading_bit(largest);
     exponent = exponent > unit + 60 ? unit + 60 : exponent;
   }
-  auto row = [&](int j) { return settled ? 0.0 : value(z, row_of_z, j) / divisor - prepared.centre[j]; };
+  auto row = [&](int j) { return settled ? 0.0 : vector(j) - prepared.centre[j]; };
   const ShadowSums sums =
       write_shadow(work.shadow + static_cast<int64_t>(r) * prepared.pitch, prepared.pitch, z.dim, row, exponent, scratch);
   if (thread_index() != 0) return;
@@ -203,7 +206,7 @@ VQ_KERNEL(kRowThreads) shadow_features(Rows z, int64_t first, Prepared prepared,
   work.limit[r] = ordered(bits_float(settled ? 0xFF800000u : 0x7F800000u));
   work.count[r] = 0;
   work.overflow[r] = 0;
-  if (r == 0) *work.overflow_total = 0;
+  if (r == 0) *work.overflow_total = *work.stalled = 0;
 }
 
 }  // namespace vqsa::codebook

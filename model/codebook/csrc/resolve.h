@@ -148,6 +148,7 @@ struct Outputs {
   double* error;     // (N), Σ(z − e)² of the vectors as stored
   int64_t* usage;    // (K), counts are added
   int64_t* effort;   // (2), distances measured here and features scanned again are added
+  int32_t* alarm;    // (1), set to 1 if a block of the Hopper search gave up waiting; the answers are right all the same
 };
 
 /// One block per feature.
@@ -206,6 +207,7 @@ resolve_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace wo
       atomic_add(&out.effort[0], measured);
       atomic_add(&out.effort[1], static_cast<int64_t>(scanned));
     }
+    if (out.alarm != nullptr && r == 0 && *work.stalled != 0) *out.alarm = 1;
   }
   if (out.quantised != nullptr) {
     for (int j = thread_index(); j < z.dim; j += thread_count())
