@@ -2,9 +2,10 @@
 
     python tests/kill_loop.py --kills 20 --out benchmarks/results/kill_resume.json
 
-Two CPU processes. Of six kills two hit a checkpoint that is being written and one the start-up; the others come some
-random steps after the start. About half of them hit one process only, so that the other one has to notice.
-Afterwards weights, optimiser and metrics must be bit-equal, with every step in the log once.
+Two CPU processes that train, validate and save. Of six kills two hit a checkpoint that is being written and one the
+start-up; the others come some random steps after the start. About half of them hit one process only, so that the other
+one has to notice. Afterwards weights, optimiser, best score and metrics must be bit-equal, with every step and every
+validation in the log once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tools.runtime import checkpoint
 from tools.runtime.metrics import read_metrics
 
 WITHIN_S = 60  # for the other process to notice
+VAL_EVERY = 6
 
 
 def last_step(out: Path) -> int:
@@ -35,7 +37,7 @@ def last_step(out: Path) -> int:
 
 def newest(out: Path) -> int:
     names = [p.name for p in (out / "checkpoints").glob("step_*") if p.suffix != ".tmp"]
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
+    return max((int(name.removeprefix("step_").partition(".")[0]) for name in names), default=0)
 
 
 def inode(out: Path) -> int:
@@ -91,10 +93,11 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
     ends = [checkpoint.newest(out) for out in (a, b)]
     states = [end.model_state() for end in ends]
     found += [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    optimizers = [
-        torch.load(end.path / checkpoint.TRAINING_FILE, weights_only=True)["optimizer"]["state"]
-        for end in ends
+    saved = [torch.load(end.path / checkpoint.TRAINING_FILE, weights_only=True) for end in ends]
+    found += [
+        part for part in ("best", "progress", "stream") if saved[0]["parts"][part] != saved[1]["parts"][part]
     ]
+    optimizers = [one["optimizer"]["state"] for one in saved]
     for number, values in optimizers[0].items():
         found += [
             f"optimizer {number} {key}"
@@ -106,8 +109,13 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
         [{k: v for k, v in r.items() if k not in varies} for r in read_metrics(out / "metrics.jsonl")]
         for out in (a, b)
     ]
-    if [r["step"] for r in logs[1]] != list(range(1, steps + 1)):
-        found.append(f"steps in the log: {[r['step'] for r in logs[1]]}")
+    validations = [r["step"] for r in logs[1] if "val_score_pct" in r]
+    for what, steps_found, wanted in (
+        ("steps", [r["step"] for r in logs[1] if "loss" in r], range(1, steps + 1)),
+        ("validations", validations, range(VAL_EVERY, steps + 1, VAL_EVERY)),
+    ):
+        if steps_found != list(wanted):
+            found.append(f"{what} in the log: {steps_found}")
     if logs[0] != logs[1]:
         found.append("metrics")
     return found
@@ -116,6 +124,7 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
 def kill_loop(shards: Path, folder: Path, kills: int, seed: int, steps: int) -> dict[str, Any]:
     """Run undisturbed and with kills; returns the result as it is written to the file."""
     arguments = ["--recipe", str(ROOT / "tests" / "tiny.toml"), "--data", str(shards), "--steps", str(steps)]
+    arguments += ["--val", str(shards), "--val-every", str(VAL_EVERY), "--monitor.images", "16"]
     arguments += ["--checkpoint-every", "3", "--lost-after-s", "10", "--join-within-s", "20"]
     calm, disturbed = folder / "calm", folder / "disturbed"
     folder.mkdir(parents=True, exist_ok=True)

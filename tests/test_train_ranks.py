@@ -93,8 +93,11 @@ def test_an_error_is_told_before_anything_is_closed(failing: dict[str, Any]) -> 
     case = failing["error"]
     assert case["codes"] == [1, 1]
     own, other = named(case, 0), named(case, 1)
-    assert re.search(f"{own}: {other} failed: ValueError: planted; this process ends too", case["log"])
-    assert re.search(f"{other} could not close what it had open; it ends now", case["log"])
+    told = re.search(f"{own}: {other} failed: ValueError: planted; this process ends too", case["log"])
+    ended = re.search(f"{other} could not close what it had open; it ends now", case["log"])
+    assert told
+    assert ended
+    assert told.start() < ended.start()
     assert "\nValueError: planted\n" in case["log"]  # its traceback
 
 

@@ -101,7 +101,7 @@ class Heartbeat:
     def _name_the_cause(self, error: BaseException) -> None:
         """Say whose end this process's error comes from, where it is another's."""
         cause = self._told() or self._gone()
-        if cause and str(error) in cause:
+        if cause and str(error) and str(error) in cause:
             return  # all found the same
         if cause:
             log.critical("%s ends because %s", self._names[self._rank], cause)
