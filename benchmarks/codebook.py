@@ -1,13 +1,15 @@
 """The codebook search against what others do: time, memory, wrong answers, and the floors beside them.
 
     python benchmarks/codebook.py --out benchmarks/results/codebook.json       (on a GPU)
-    python benchmarks/codebook.py --tiny                                       (small sizes, any machine)
+    python benchmarks/codebook.py --tiny --device cpu                          (small sizes, any machine)
 
 The tests run first; on red there is no number. Each size is measured in one run: our search and whole forward
-(codebook prepared before, or in the same call), forward + backward; (a) cuBLAS half GEMM with float32 output alone,
-(b) that + argmin, and + gather + losses, (c) float32 and TF32 addmm + argmin, and cdist + argmin, (d)
-vector-quantize-pytorch, (e) faiss-gpu, the last two where installed. A method that runs out of memory says so.
-`wrong` is the share of 512 features whose code is farther than the nearest, by float64.
+(codebook prepared before, or in the same call), forward + backward, and the codebook's gradient alone beside
+index_add; (a) cuBLAS half GEMM with float32 output alone, (b) that + argmin, and + gather + losses, (c) float32 and
+TF32 addmm + argmin, and cdist + argmin, (d) vector-quantize-pytorch, (e) faiss's flat index, the last two where
+installed. A method that runs out of memory says so. `wrong` is the share of 512 features whose code is farther than
+the nearest, by float64. `ratios` are what the kernels are to be judged by; benchmarks/training.py has the training
+step beside the plain trunk's.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +32,7 @@ from torch import Tensor
 from benchmarks.environment import environment, percentiles
 from model.codebook import PreparedCodebook, nearest_code, quantize
 from model.codebook.kernels import kernels_for
+from model.codebook.segment_sum import segment_sum_of_differences
 
 # Shapes: N = features, K = codes, D = feature dimension.
 
@@ -50,6 +54,9 @@ class CodebookBenchmark(BaseModel):
 
     tiny: bool = False
     """Small sizes, to see that it runs."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where; "auto" is a GPU if there is one."""
 
     data: Literal["relu", "gaussian"] = "relu"
     """Features and codes: rectified Gaussian numbers, as a trunk's, or Gaussian ones."""
@@ -150,6 +157,9 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
     half_z_ND, half_codes_KD = z_ND.half(), codes_KD.half()
     half_square_K = 0.5 * codes_KD.square().sum(1)
     prepared = PreparedCodebook(codes_KD)
+    k = len(codes_KD)
+    code_ND, index_N = quantize(z_ND, codes_KD, prepared=prepared)[:2]
+    scale = torch.ones((), dtype=torch.float64, device=z_ND.device)
     z_grad_ND, codes_grad_KD = z_ND.clone().requires_grad_(), codes_KD.clone().requires_grad_()
 
     def backward() -> None:
@@ -183,6 +193,10 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
         "ours: forward": lambda: quantize(z_ND, codes_KD)[1:],
         "ours: forward and backward": backward,
         "ours: prepare": prepared.refresh,
+        "ours: codebook gradient": lambda: segment_sum_of_differences(code_ND, z_ND, scale, index_N, k),
+        "index_add of the differences": lambda: torch.zeros_like(codes_KD).index_add_(
+            0, index_N, code_ND - z_ND
+        ),
         "torch: search (impl='torch')": lambda: nearest_code(z_ND, codes_KD, impl="torch"),
         "half GEMM": lambda: half_product(half_z_ND, half_codes_KD),
         "half GEMM + argmin": lambda: (half_argmin(),),
@@ -192,9 +206,8 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
         "float32 cdist + argmin": lambda: (torch.cdist(z_ND, codes_KD).argmin(1),),
     }
     if z_ND.is_cuda and torch.cuda.get_device_capability() == (9, 0):
-        found["ours: search, Hopper variant"] = lambda: nearest_code(
-            z_ND, codes_KD, impl="hopper", prepared=prepared
-        )
+        for name, impl in (("ours: search, mma.sync", "cuda"), ("ours: search, Hopper variant", "hopper")):
+            found[name] = partial(nearest_code, z_ND, codes_KD, impl=impl, prepared=prepared)
     return found | installed_methods(z_ND, codes_KD)
 
 
@@ -216,10 +229,40 @@ def installed_methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], 
     except ImportError:
         print("faiss is not installed: not measured")
     else:
-        if z_ND.is_cuda and hasattr(faiss, "StandardGpuResources"):
-            flat = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), z_ND.shape[1])
+        on_gpu = z_ND.is_cuda and hasattr(faiss, "StandardGpuResources")
+        if on_gpu or not z_ND.is_cuda:
+            dim = z_ND.shape[1]
+            flat = (
+                faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), dim) if on_gpu else faiss.IndexFlatL2(dim)
+            )
             flat.add(codes_KD)
-            found["faiss-gpu flat L2"] = lambda: (flat.search(z_ND, 1)[1][:, 0],)
+            found["faiss flat L2"] = lambda: (flat.search(z_ND, 1)[1][:, 0],)
+        else:
+            print("faiss is installed without its GPU part: not measured")
+    return found
+
+
+def ratios(rows: dict[str, Any], floors: dict[str, float]) -> dict[str, float]:
+    """Medians of our forward pass against those of others, and of the search against reading the codes once."""
+
+    def median_ms(name: str) -> float | None:
+        return rows[name]["ms"]["p50"] if "ms" in rows.get(name, {}) else None
+
+    forward, prepared = "ours: forward", "ours: forward, codebook prepared"
+    wanted = {
+        "forward, codebook prepared / half GEMM": (prepared, "half GEMM"),
+        "forward / half GEMM": (forward, "half GEMM"),
+        "forward / half GEMM + argmin + gather + losses": (forward, "half GEMM + argmin + gather + losses"),
+        "float32 cdist + argmin / forward": ("float32 cdist + argmin", forward),
+    }
+    found = {}
+    for name, (above, below) in wanted.items():
+        a, b = median_ms(above), median_ms(below)
+        if a is not None and b is not None:
+            found[name] = round(a / b, 3)
+    search, floor_us = median_ms("ours: search, codebook prepared"), floors["read_half_codes"]
+    if search is not None and floor_us > 0:
+        found["search / reading the half codes on an H200"] = round(1e3 * search / floor_us, 3)
     return found
 
 
@@ -258,15 +301,22 @@ def measure(command: CodebookBenchmark, n: int, k: int, d: int, device: torch.de
             "scanned_again_pct": round(100 * scanned / n, 3),
         }
         print(f"  {effort}")
-    return {"n": n, "k": k, "d": d, "floors_us_h200": floors_us(n, k, d), "effort": effort, "methods": rows}
+    floors = floors_us(n, k, d)
+    compared = ratios(rows, floors)
+    print(f"  {compared}")
+    return {
+        "n": n, "k": k, "d": d, "floors_us_h200": floors, "effort": effort, "ratios": compared, "methods": rows,
+    }  # fmt: skip
 
 
 def main() -> None:
     """Run the tests, then the benchmark."""
     command = tyro.cli(CodebookBenchmark, description=CodebookBenchmark.__doc__)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if command.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda needs a GPU, and torch sees none; leave it out, or say --device cpu")
+    device = torch.device("cpu" if command.device == "cpu" or not torch.cuda.is_available() else "cuda")
     if command.tests:
-        chosen = ["tests/test_model_search.py", "tests/test_model_quantize.py", "tests/test_codebook_gpu.py"]
+        chosen = [f"tests/test_{name}.py" for name in ("model_search", "model_quantize", "codebook_gpu")]
         marks = ["-m", "gpu"] if device.type == "cuda" else ["-m", "not gpu and not slow"]
         code = subprocess.run([sys.executable, "-m", "pytest", "-q", *chosen, *marks], cwd=ROOT).returncode
         if code:

@@ -26,9 +26,9 @@ FAULT = "VQSA_SHIM_FAULT"
 def small_and_fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Choice, "shape", (140, 600, 137))
     monkeypatch.delenv(VARIABLE, raising=False)
-    choice._choice.cache_clear()
+    choice._choices.clear()
     yield
-    choice._choice.cache_clear()
+    choice._choices.clear()
 
 
 def search_by(
@@ -111,7 +111,7 @@ def test_searches_go_on_with_mma_until_the_outcome_is_there(
     late = torch.full((1,), -1, dtype=torch.int32)
     monkeypatch.setattr(Choice, "_agree", lambda self: late)
     assert variant_for(shim, CPU).tile == TILE_AUTO
-    choice._choice(shim, CPU)._outcome_1.fill_(1)
+    choice._choices[shim, CPU]._outcome_1.fill_(1)
     assert variant_for(shim, CPU).tile == TILE_ANY
 
 

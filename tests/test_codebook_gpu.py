@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.codebook import PreparedCodebook, kernels, nearest_code, quantize
-from model.codebook.kernels import Kernels
+from model.codebook import PreparedCodebook, kernels, nearest_code, quantize, segment_sum, segment_sum_dense
+from model.codebook.choice import VARIABLE, hostile_problem, variant_for
+from model.codebook.kernels import TILE_ANY, TILE_AUTO, TILE_HOPPER, Kernels
 from model.codebook.search import search_in_blocks
 from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
 from tests.test_codebook_kernels import TILES, assert_accumulation_within_rate, check
@@ -51,9 +52,54 @@ def test_exact_on_hostile_data(built: Kernels, case: Case, metric: str, tile: st
     assert torch.equal(found.sqdist_N.cpu(), expected[1])
 
 
-@pytest.mark.skipif(
+hopper_only = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not a Hopper GPU"
 )
+
+
+@hopper_only
+def test_hopper_kernel_passes_its_trial_and_is_chosen(
+    built: Kernels, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    device = torch.device("cuda", torch.cuda.current_device())
+    variant_for(built, device)
+    torch.cuda.synchronize()
+    assert variant_for(built, device).tile == TILE_ANY, [str(w.message) for w in recwarn]
+
+
+@hopper_only
+def test_hopper_kernel_does_not_stall_on_its_trial(built: Kernels) -> None:
+    z_ND, codes_KD = hostile_problem(421, 20_000, 328, torch.device("cuda"))
+    ready = built.prepare(codes_KD, False)
+    alarm_1 = torch.zeros(1, dtype=torch.int32, device="cuda")
+    found = built.search(z_ND, codes_KD, False, ready, tile=TILE_HOPPER, alarm_1=alarm_1)
+    assert alarm_1.item() == 0, "it waited in vain: tensor maps, bytes expected or phases are wrong"
+    expected = built.search(z_ND, codes_KD, False, ready, tile=TILE_AUTO)
+    wrong = (found.index_N != expected.index_N).sum().item()
+    assert wrong == 0, "its products are wrong: descriptors, swizzle or fragments"
+    assert torch.equal(found.sqdist_N, expected.sqdist_N)
+
+
+@pytest.mark.parametrize("kind", ["any", "one code"])
+@pytest.mark.parametrize(("n", "k", "d"), [(700, 20, 129), (6272, 10_000, 2048), (25_088, 1000, 768)])
+def test_segment_sums_are_float64s_and_the_same_bits_every_time(kind: str, n: int, k: int, d: int) -> None:
+    z_ND = torch.randn(n, d, device="cuda")
+    index_N = (
+        torch.randint(-1, k, (n,), device="cuda") if kind == "any" else torch.full((n,), 3, device="cuda")
+    )
+    some_N = index_N >= 0
+    exact_KD = torch.zeros(k, d, dtype=torch.float64, device="cuda")
+    exact_KD.index_add_(0, index_N[some_N], z_ND[some_N].double())
+    found_KD = segment_sum_dense(z_ND, index_N, k)
+    torch.testing.assert_close(found_KD, exact_KD.float(), rtol=1.2e-7, atol=1e-10)
+    for _ in range(3):
+        assert torch.equal(segment_sum_dense(z_ND, index_N, k), found_KD)
+    touched_T, sum_TD = segment_sum(z_ND, index_N, k)
+    assert torch.equal(sum_TD, found_KD[touched_T])
+
+
+@hopper_only
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize(("n", "k", "d"), [(163, 1301, 130), (1000, 3000, 2048)])
 def test_hopper_variant_is_exact(case: Case, n: int, k: int, d: int) -> None:
@@ -142,7 +188,7 @@ def test_memory_beyond_outputs_and_prepared_codebook(built: Kernels, n: int, k: 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     quantize(z_ND, codes_KD)
-    outputs = n * (4 * d + 8 + 4 + 8)
+    outputs = n * (4 * d + 8 + 4 + 8) + 8 * k
     taken = torch.cuda.max_memory_allocated() - before - outputs - built.prepared_bytes(k, d, False)
     assert taken <= 64_000_000
 

@@ -50,11 +50,17 @@ def variant_for(kernels: Kernels, device: torch.device, impl: str = "auto") -> V
         raise ValueError(f"{VARIABLE} is {wish!r}; choose 'auto', 'mma' or 'hopper'")
     if wish == "mma" or (wish == "auto" and kernels.capability(device) != 90):
         return Variant(TILE_AUTO, None)
-    choice = _choice(kernels, device)
+    # A trial allocates, page-locked memory too, and would become a part of the graph: the next search outside has it.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    choice = _choices.get((kernels, device))
+    if choice is None:
+        if capturing:
+            return Variant(TILE_HOPPER if wish == "hopper" else TILE_AUTO, None)
+        choice = _choices[kernels, device] = Choice(kernels, device)
     if wish == "hopper":
         choice.heed_alarm()
         return Variant(TILE_HOPPER, choice.alarm_1)
-    return Variant(TILE_ANY, choice.alarm_1) if choice.trusted() else Variant(TILE_AUTO, None)
+    return Variant(TILE_ANY, choice.alarm_1) if choice.trusted(capturing) else Variant(TILE_AUTO, None)
 
 
 class Choice:
@@ -73,12 +79,9 @@ class Choice:
         self._outcome_1 = torch.full((1,), _PENDING, dtype=torch.int32, pin_memory=pinned)
         self._queued = False
 
-    def trusted(self) -> bool:
-        """Whether the Hopper kernel may be chosen now; queues the trial if there was none yet."""
-        if not self._queued:
-            # A trial allocates and would become a part of the graph; the next search outside one has it.
-            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return False
+    def trusted(self, capturing: bool = False) -> bool:
+        """Whether the Hopper kernel may be chosen now; queues the trial if there was none yet and may be one."""
+        if not self._queued and not capturing:
             self._queued = True
             self._outcome_1.copy_(self._agree(), non_blocking=True)
         if self._trusted is None and (outcome := int(self._outcome_1)) != _PENDING:
@@ -127,9 +130,7 @@ class Choice:
         return (agree_1 & (rescanned[1] <= rescanned[0] + len(z_ND) // 8)).int()
 
 
-@functools.cache
-def _choice(kernels: Kernels, device: torch.device) -> Choice:
-    return Choice(kernels, device)
+_choices: dict[tuple[Kernels, torch.device], Choice] = {}
 
 
 def hostile_problem(n: int, k: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
