@@ -90,6 +90,17 @@ def test_one_trial_that_does_not_fit_stops_no_other(
     assert "the largest batch that does is 11" in profile_throughput.page.page(said)
 
 
+def test_on_a_cpu_the_need_is_estimated_first(
+    session: Session, two_candidates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A batch of 16 is asked for only once it is known to fit.
+    monkeypatch.setattr("tools.profiling.session.available_bytes", lambda: 1013)
+    monkeypatch.setattr(memory, "estimate", lambda config, classes: memory.Need(fixed=13, per_image=100))
+    found = {trial.change: trial for trial in trials.run(session)}
+    assert found["16 images"].note == "does not fit in memory; the largest batch that does is 10"
+    assert found["4 images"].rate_img_s is not None
+
+
 def test_memory_that_runs_out_in_the_middle(
     session: Session, two_candidates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

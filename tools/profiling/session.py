@@ -91,7 +91,14 @@ class Session:
 
         Called on every process, with the same result on all.
         """
-        work, batch = self.work, self._batch(config)
+        work = self.work
+        batch = config.pipeline.batch_per_gpu or max(1, config.pipeline.batch_global // work.ranks)
+        if not self.gpu:
+            # Only estimated: a process that asks for too much is killed.
+            need = memory.estimate(config, len(self.store.classes))
+            largest = -self.agree(-need.largest(available_bytes() // work.ranks))
+            if largest < batch:
+                return None, f"does not fit in memory; the largest batch that does is {largest}"
         if (loader := self._try(config)) is not None:
             return loader, ""
         # Neighbours are mixed: an odd number of images is refused.
@@ -112,16 +119,9 @@ class Session:
         largest = unit * memory.largest_fitting(fits, (batch - 1) // unit, known // unit) if batch > 1 else 0
         return None, f"does not fit in memory; the largest batch that does is {largest}"
 
-    def _batch(self, config: RunConfig) -> int:
-        return config.pipeline.batch_per_gpu or max(1, config.pipeline.batch_global // self.work.ranks)
-
     def _try(self, config: RunConfig) -> TrainingLoader | None:
         """Return a loader with other settings if a training step from it fits in memory on every process."""
-        batch, made = self._batch(config), list[TrainingLoader]()
-        if not self.gpu:
-            need = memory.estimate(config, len(self.store.classes)).bytes(batch)
-            if self.agree(int(need > available_bytes() // self.work.ranks)):
-                return None
+        made: list[TrainingLoader] = []
 
         def step() -> int:
             made.append(self.work.make_loader(config))
