@@ -14,7 +14,7 @@ from conftest import TWO_PROCESSES, finish, start
 from test_profile_compare import made, spread
 
 from tools import profile_throughput
-from tools.profiling import measure, memory, sweep, table, trials
+from tools.profiling import clock, measure, memory, page, sweep, table, trials, words
 from tools.profiling.session import Session
 from tools.profiling.table import Trial
 from tools.profiling.workload import Workload
@@ -86,8 +86,8 @@ def test_one_trial_that_does_not_fit_stops_no_other(
     assert "4 images" in found
     assert all(trial.rate_img_s is not None for trial in found.values())
     said = made().model_copy(update={"trials": [large]})
-    assert "the largest batch that does is 11" in profile_throughput.words.everything(said)
-    assert "the largest batch that does is 11" in profile_throughput.page.page(said)
+    assert "the largest batch that does is 11" in words.everything(said)
+    assert "the largest batch that does is 11" in page.page(said)
 
 
 def test_on_a_cpu_the_need_is_estimated_first(
@@ -159,7 +159,7 @@ def test_nothing_waits_for_the_device_between_the_steps_of_a_measurement(
 
     monkeypatch.setattr(session.watch, "take", taken)
     probe = session.model_probe("model alone", step)
-    measure.measure([probe], rounds=2, seconds=0.001, agree=lambda steps: 3)
+    clock.measure([probe], rounds=2, seconds=0.001, agree=lambda steps: 3)
     measured = ["wait", "step", "step", "step", "wait"]
     assert order == ["step", "step", "wait", "step", "wait", *measured, *measured]
     assert [len(steps) for steps in session.steps["model alone"]] == [1, 3, 3]
