@@ -94,7 +94,10 @@ inline void load_tile(unsigned char* to, const TensorMap& map, MemoryBarrier* ba
       else
         std::memset(where, 0, 16);
     }
-  if (!(column == 64 && planted("lost"))) barrier_bring(barrier, count * 128);
+  if (column == 64 && planted("lost"))
+    std::memset(to, 0, count * 128);
+  else
+    barrier_bring(barrier, count * 128);
 }
 
 }  // namespace vqsa::codebook
