@@ -70,7 +70,7 @@ def test_faulty_hopper_kernel_is_not_chosen_and_the_answer_is_right(
 def test_search_that_stalls_is_exact_and_raises_the_alarm(
     shim: Kernels, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    z_ND, codes_KD = data(case, 130, 300, 130)
+    z_ND, codes_KD = data(case, 130, 200, 130)  # one code tile: no other block answers for the first features
     expected = search_in_blocks(z_ND, codes_KD, False, 256)
     monkeypatch.setenv(FAULT, "lost")
     index_N, sqdist_N, (candidates, scanned), alarm = search_by(shim, TILE_HOPPER, z_ND, codes_KD)
