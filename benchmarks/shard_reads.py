@@ -51,7 +51,7 @@ class _RandomBatches:
     def __call__(self) -> Any:
         self._ahead.append(self._submit())
         batch = self._ahead.pop(0).result()
-        self._alive = [*self._alive[-6:], batch]  # DALI reads the images in place
+        self._alive = [*self._alive[-6:], batch]
         return batch
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ def _store_pipe(store: shards.Store, batch: int, end: str = "header", check: boo
             source=source,
             num_outputs=2,
             batch=True,
-            no_copy=True,
+            no_copy=False,  # of the addresses; the images are read in place
             dtype=[types.INT64, types.INT32],
             ndim=[1, 1],
         )

@@ -110,8 +110,9 @@ def define(
         prefetch_queue_depth=config.prefetch,
     )
     with graph:
+        # Copies: of arrays so small they cost DALI a third of what sharing them sample by sample does.
         span, anchor, window, size, *rest = fn.external_source(
-            source=source, num_outputs=len(dtypes), batch=True, no_copy=True, dtype=dtypes, ndim=ndims
+            source=source, num_outputs=len(dtypes), batch=True, no_copy=False, dtype=dtypes, ndim=ndims
         )
         image = decode(config, span, anchor, window, device)
         image = resize(image, size, cubic=not training and config.eval_interpolation == "bicubic")

@@ -33,7 +33,7 @@ class _Source:
         self._reader = reader
         self._training = training
         self.in_flight: deque[ReadBatch] = deque()
-        # no_copy=True: DALI reads our arrays for as long as it works on the batch.
+        # DALI reads the records where they lie for as long as it works on the batch.
         self._alive: deque[ReadBatch] = deque(maxlen=prefetch + 3)
         self.error: BaseException | None = None
 
