@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torchvision
 import tyro
@@ -50,8 +51,8 @@ class EvaluationBenchmark(BaseModel):
     """Folder of class folders with photographs."""
 
     model: str = "resnet50"
-    """torchvision's model, with random weights, which do not matter for speed; or package.module:function, as
-    tools/evaluate.py takes it."""
+    """torchvision's model, or timm:NAME, with random weights, which do not matter for speed; or
+    package.module:function, as tools/evaluate.py takes it."""
 
     images: int = Field(64, ge=1)
     """Images that ours and the forward passes take."""
@@ -146,12 +147,13 @@ def _finish(device: torch.device) -> None:
 
 def build(spec: str, device: torch.device) -> Classifier:
     """Return the model asked for, shown what all three ways make of an image."""
-    if ":" in spec:
+    package, _, name = spec.rpartition(":")
+    if package in ("", "timm"):
+        net: nn.Module = timm.create_model(name) if package else torchvision.models.get_model(name)
+        classifier = Classifier(name, net, SHOWN, [str(i) for i in range(1000)], {})
+    else:
         classifier = from_name(spec)
         classifier.preprocessing = SHOWN
-    else:
-        net: nn.Module = torchvision.models.get_model(spec)
-        classifier = Classifier(spec, net, SHOWN, [str(i) for i in range(1000)], {})
     classifier.net.to(memory_format=torch.channels_last).to(device)
     return classifier
 
