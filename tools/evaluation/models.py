@@ -110,7 +110,10 @@ class Classifier:
 
         They are not to change from then on. Images are to come in batches of few sizes: each is compiled for.
         """
-        self.net.compile(dynamic=False, options={"freezing": True})
+        # Of the whole process: as an option of one call it comes too late, weights are arguments of the graph by then.
+        # It does not concern graphs that take gradients.
+        torch._inductor.config.freezing = True
+        self.net.compile(dynamic=False)
 
     @property
     def codes(self) -> int:
