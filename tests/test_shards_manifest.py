@@ -207,7 +207,9 @@ def test_a_damaged_table_is_refused(folder: Path) -> None:
         with pytest.raises(ValueError, match=wanted):
             shards.open(folder)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"manifest\.table: missing, and manifest\.json alone lists no samples"):
+    with pytest.raises(
+        FileNotFoundError, match=r"manifest\.table: missing, and manifest\.json alone lists no samples"
+    ):
         shards.open(folder)
 
 
