@@ -46,7 +46,8 @@ class Records:
 
     span: npt.NDArray[np.int64]
     """(n, 2) int64: address and length in bytes of each record in this process's memory: in the mapped shard where
-    its pages were in memory, else in a fresh arena. The memory lives as long as this array."""
+    its pages were in memory, else in a fresh arena. The memory lives as long as this array or a view of it; a copy
+    of it keeps nothing alive."""
     fault: npt.NDArray[np.uint8]
     """(n,) uint8: 0 where the record is sound, else an index into `shards.FAULTS`."""
     errno: npt.NDArray[np.int32]
@@ -71,6 +72,10 @@ class Records:
         sound = cls(nothing, np.zeros(len(data), np.uint8), np.zeros(len(data), np.int32))
         return sound.replaced(dict(enumerate(data)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have the bytes: addresses mean nothing in another process."""
+        return _with_bytes, ([np.array(data) for data in self.data], self.fault, self.errno)
+
     def replaced(self, others: Mapping[int, npt.NDArray[np.uint8]]) -> Records:
         """The same records with other bytes in some places; faults stay as they are."""
         span = self.span.copy()
@@ -81,6 +86,12 @@ class Records:
                 )
             span[place] = data.ctypes.data, data.size
         return replace(self, span=owning(span, self.span, *others.values()))
+
+
+def _with_bytes(
+    data: list[npt.NDArray[np.uint8]], fault: npt.NDArray[np.uint8], errno: npt.NDArray[np.int32]
+) -> Records:
+    return replace(Records.of(data), fault=fault, errno=errno)
 
 
 class Store:

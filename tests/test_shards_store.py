@@ -10,6 +10,8 @@ import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy as shallow_copy
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -330,14 +332,23 @@ def test_fetch_releases_the_interpreter_lock(tmp_path: Path) -> None:
 def test_pickled_stores_open_again(store: shards.Store, folder: Path, images: tuple[Path, object]) -> None:
     text = pickle.dumps(store)
     assert len(text) < 1000, "only the path travels"
-    copy = pickle.loads(text)
-    assert copy.read(7).tobytes() == store.read(7).tobytes()
-    copy.close()
+    again = pickle.loads(text)
+    assert again.read(7).tobytes() == store.read(7).tobytes()
+    again.close()
     for path in folder.iterdir():
         path.unlink()
     build(BuildOptions(images[0], folder, "small", samples_per_shard=5, workers=1), progress=False)
     with pytest.raises(ValueError, match="built again since this store was opened"):
         pickle.loads(text)
+
+
+def test_pickled_and_copied_records_have_the_bytes(store: shards.Store) -> None:
+    """Where they lie means nothing in another process, and nobody keeps it alive for a copy."""
+    records = store.fetch([3, 1])
+    for other in (pickle.loads(pickle.dumps(records)), shallow_copy(records), deepcopy(records)):
+        assert not set(other.span[:, 0].tolist()) & set(records.span[:, 0].tolist())
+        assert [d.tobytes() for d in other.data] == [store.read(i).tobytes() for i in (3, 1)]
+        assert (other.fault.tolist(), other.errno.tolist()) == ([0, 0], [0, 0])
 
 
 def _child(store: shards.Store, answers: multiprocessing.SimpleQueue[bytes]) -> None:
