@@ -115,6 +115,28 @@ def test_searches_go_on_with_mma_until_the_outcome_is_there(
     assert variant_for(shim, CPU).tile == TILE_ANY
 
 
+def test_a_trial_that_runs_out_of_memory_ends_nothing(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Choice] = []
+
+    def agree(self: Choice) -> Tensor:
+        tried.append(self)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Choice, "_agree", agree)
+    monkeypatch.setattr(kernels, "kernels", lambda: shim)
+    z_ND, codes_KD = data(relu, 140, 600, 137)
+    expected_N = search_in_blocks(z_ND, codes_KD, False, 256)[0]
+    with pytest.warns(
+        RuntimeWarning, match=r"not tried on cpu: memory ran out in its trial \(CUDA out of memory"
+    ):
+        assert torch.equal(nearest_code(z_ND, codes_KD)[0], expected_N)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert torch.equal(nearest_code(z_ND, codes_KD)[0], expected_N)
+        assert variant_for(shim, CPU).tile == TILE_AUTO
+    assert len(tried) == 1
+
+
 def test_other_devices_have_no_trial(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shim, "capability", lambda device: 80)
     monkeypatch.setattr(Choice, "_agree", lambda self: pytest.fail("a trial"))

@@ -83,11 +83,13 @@ class Choice:
         """Whether the Hopper kernel may be chosen now; queues the trial if there was none yet and may be one."""
         if not self._queued and not capturing:
             self._queued = True
-            self._outcome_1.copy_(self._agree(), non_blocking=True)
+            self._queue()
         if self._trusted is None and (outcome := int(self._outcome_1)) != _PENDING:
             self._trusted = outcome == 1
             if not self._trusted:
-                self._warn("its answers differ from those of the mma.sync kernels in a trial, or it stalls")
+                self._warn_broken(
+                    "its answers differ from those of the mma.sync kernels in a trial, or it stalls"
+                )
         return bool(self._trusted) and not self.heed_alarm()
 
     def heed_alarm(self) -> bool:
@@ -95,19 +97,31 @@ class Choice:
         if int(self.alarm_1) == 0:
             return False
         self._trusted = False
-        self._warn("a search with it stalled (the answer was found by the slower rescan and is right)")
+        self._warn_broken("a search with it stalled (the answer was found by the slower rescan and is right)")
         return True
 
-    def _warn(self, why: str) -> None:
+    def _queue(self) -> None:
+        """Queue the trial. Where memory is too short for it, the caller's step goes on, with mma.sync for good."""
+        try:
+            self._outcome_1.copy_(self._agree(), non_blocking=True)
+        except torch.OutOfMemoryError as error:
+            self._trusted = False
+            self._warn(
+                f"the Hopper search kernel was not tried on {self._device}: memory ran out in its trial ({error}); "
+                f"using the mma.sync kernels, which give the same answers. {VARIABLE}=mma avoids the trial"
+            )
+
+    def _warn_broken(self, why: str) -> None:
+        self._warn(
+            f"the Hopper search kernel does not work on {self._device}: {why}; using the mma.sync kernels. "
+            f"Please report it with the output of `pytest -m gpu tests/test_codebook_gpu.py`; "
+            f"{VARIABLE}=mma avoids the trial"
+        )
+
+    def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"the Hopper search kernel does not work on {self._device}: {why}; using the mma.sync kernels. "
-                f"Please report it with the output of `pytest -m gpu tests/test_codebook_gpu.py`; "
-                f"{VARIABLE}=mma avoids the trial",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     @torch.no_grad()
     def _agree(self) -> Tensor:
