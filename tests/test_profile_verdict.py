@@ -141,7 +141,7 @@ def shared_cores_s(lanes: list[tuple[float, int]], cores: int, ahead: int = 4) -
     """Return the seconds per batch of a chain of lanes, simulated: an oracle for `crowded_s`.
 
     Args:
-        lanes: (CPU seconds of a batch, threads), each fed by the one before.
+        lanes: (CPU seconds of a batch, threads), each fed by the one before. Without threads: seconds of a device.
         ahead: batches that fit between two lanes.
     """
     tick_s, now_s, batches = 0.002, 0.0, 300
@@ -152,10 +152,10 @@ def shared_cores_s(lanes: list[tuple[float, int]], cores: int, ahead: int = 4) -
             for i in range(len(lanes))
         ]
         threads = sum(count for (_, count), on in zip(lanes, busy, strict=True) if on)
-        share = min(1.0, cores / threads)  # of a core, for each thread alike
+        share = min(1.0, cores / max(1, threads))  # of a core, for each thread alike
         for i, (work, count) in enumerate(lanes):
             if busy[i]:
-                left[i] -= share * count * tick_s
+                left[i] -= (share * count if count else 1.0) * tick_s
                 if left[i] <= 0:
                     left[i] += work
                     done[i] += 1
@@ -183,6 +183,25 @@ def test_lanes_in_each_others_way(
     ]
     simulated_s = shared_cores_s([(graph_s, graph_threads), (model_s, model_threads)], cores=2)
     assert 1 / verdict.predicted_img_s(stages, cores=2) == pytest.approx(simulated_s, rel=0.05)
+
+
+@pytest.mark.parametrize(("graph_s", "model_s"), [(0.3, 1.0), (1.9, 1.0), (3.0, 1.0)])
+def test_full_cores_do_not_stretch_the_time_of_a_device(graph_s: float, model_s: float) -> None:
+    decode = stage("decode", "graph", 1000 * graph_s / 2, cpu_ms=1000 * graph_s)
+    simulated_s = shared_cores_s([(graph_s, 2), (model_s, 0)], cores=2)
+    forward = stage("forward", "model", 1000 * model_s, device_ms=1000 * model_s)
+    assert 1 / verdict.predicted_img_s([decode, forward], cores=2) == pytest.approx(simulated_s, rel=0.05)
+
+
+def test_the_host_thread_of_a_device_loads_the_cores() -> None:
+    def predicted_s(graph_ms: float) -> float:
+        decode = stage("decode", "graph", graph_ms / 2, cpu_ms=graph_ms)
+        forward = stage("forward", "model", 1000, cpu_ms=900, device_ms=1000)
+        written = stage("checkpoint", "model", 10)  # a lane of the device even with stages that are not
+        return 1 / verdict.predicted_img_s([decode, forward, written], cores=2)
+
+    assert predicted_s(300) == pytest.approx(1.01)  # not 1.07, as of a loop on the CPU
+    assert predicted_s(1600) == pytest.approx((1.6 + 0.9) / 2)
 
 
 def test_copies_overlap_with_the_model() -> None:

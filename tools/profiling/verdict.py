@@ -14,7 +14,9 @@ its work done in T_l (p_s + p_l) / C, in which the slowest lane moves on by T_l 
 
     seconds per image >= T_s + sum over l of T_l max(0, (p_s + p_l) / C - 1)
 
-For lanes that fill the cores alone (p = C) this is CPU seconds / cores; for p_s + p_l <= C it is T_s.
+For lanes that fill the cores alone (p = C) this is CPU seconds / cores; for p_s + p_l <= C it is T_s. A lane that
+works on a device has p = 0: others do not stretch the device's time. What its host thread needs counts in the CPU
+seconds alone.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def loads(stages: Sequence[Stage], cores: float) -> dict[str, float]:
 def crowded_s(stages: Sequence[Stage], cores: float) -> float:
     """Return the seconds per image that the slowest lane needs when it shares the cores with the others."""
     lanes = {
-        lane: (sum(s.wall_s.p50 for s in among if s.wall_s), sum(s.cpu_s.p50 for s in among if s.cpu_s))
+        lane: (
+            sum(s.wall_s.p50 for s in among if s.wall_s),
+            0.0 if any(s.device_s for s in among) else sum(s.cpu_s.p50 for s in among if s.cpu_s),
+        )
         for lane in LANE_WORDS
         if (among := [stage for stage in stages if stage.counts and stage.lane == lane])
     }
