@@ -113,6 +113,8 @@ class Classifier:
         # Of the whole process: as an option of one call it comes too late, weights are arguments of the graph by then.
         # It does not concern graphs that take gradients.
         torch._inductor.config.freezing = True
+        # Each set has a last batch of its own size, and beyond the limit all would silently run as they are.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.net.compile(dynamic=False)
 
     @property
