@@ -90,6 +90,58 @@ def test_one_trial_that_does_not_fit_stops_no_other(
     assert "the largest batch that does is 11" in page.page(said)
 
 
+def mixing(data: Path, **pipeline: object) -> RunConfig:
+    recipe = read_recipe(TINY)
+    recipe["pipeline"] = {**recipe["pipeline"], "mixup": 0.2, **pipeline}
+    return validated(RunConfig, {**recipe, "data": data}, "test")
+
+
+def test_where_neighbours_are_mixed_only_even_batches_are_tried_and_named(
+    picture_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tried = mixing(picture_shards, batch_global=12), []
+    session = Session(config, Accelerator(cpu=True), rounds=1, seconds=0.001, progress=lambda name: None)
+    plain = session.work.lone_step
+
+    def step(loader: Any) -> int:
+        images = len(next(loader).images)
+        tried.append(images)
+        if images > 11:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(loader)
+
+    monkeypatch.setattr(session.work, "lone_step", step)
+    try:
+        with pytest.raises(
+            ValueError, match=r"largest that does is 10. Say --pipeline.batch-per-gpu 6: 2 of"
+        ):
+            session._check_gpu()
+    finally:
+        session.close()
+    assert tried == [12, 6, 8, 10]
+
+
+def test_not_even_two_mixed_images_fit(picture_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mixing(picture_shards, batch_global=4)
+    session = Session(config, Accelerator(cpu=True), rounds=1, seconds=0.001, progress=lambda name: None)
+    monkeypatch.setattr(Workload, "train_step", room_for(1))
+    try:
+        found = session.loader_that_fits(trials.changed(config, batch_per_gpu=2, batch_global=2))
+    finally:
+        session.close()
+    assert found == (None, "does not fit in memory; the largest batch that does is 0")
+
+
+def test_refusals_where_neighbours_are_mixed(picture_shards: Path) -> None:
+    def said(largest: int, batch_global: int) -> str:
+        config = mixing(picture_shards, batch_global=batch_global)
+        return str(memory.refuse(config, 1, batch_global, largest, "short"))
+
+    assert "the largest that does is 4. Say --pipeline.batch-per-gpu 2: 9 of them" in said(5, 18)
+    assert "not even two images do (mixup and cutmix need an even number)" in said(1, 18)
+    assert "15 images per process of the global batch of 15 are odd" in said(9, 15)
+
+
 def test_on_a_cpu_the_need_is_estimated_first(
     session: Session, two_candidates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,18 +127,29 @@ def largest_fitting(fits: Callable[[int], bool], wanted: int, known: int = 0) ->
     return low
 
 
+def unit(config: RunConfig) -> int:
+    """Return what a batch is a multiple of: where neighbours are mixed, an odd number of images is refused."""
+    return 2 if config.pipeline.mixup or config.pipeline.cutmix else 1
+
+
 def refuse(config: RunConfig, ranks: int, batch: int, largest: int, what: str) -> ValueError:
     """Return the error that says the batch does not fit and which does."""
+    step = unit(config)
+    largest -= largest % step
+    said = f"a batch of {batch} images per process does not fit in memory ({what})"
     if largest < 1:
-        return ValueError(
-            f"a batch of {batch} images per process does not fit in memory ({what}), and not even one image does; "
-            "choose a smaller model or image size"
-        )
+        least = "one image does" if step == 1 else "two images do (mixup and cutmix need an even number)"
+        return ValueError(f"{said}, and not even {least}; choose a smaller model or image size")
+    said += f"; the largest that does is {largest}"
     whole = config.pipeline.batch_global // ranks
-    divides = max(size for size in range(1, largest + 1) if whole % size == 0)
+    divides = max((size for size in range(step, largest + 1, step) if whole % size == 0), default=0)
+    if not divides:
+        return ValueError(
+            f"{said}. mixup and cutmix need an even number, and the {whole} images per process of the global batch "
+            f"of {config.pipeline.batch_global} are odd: choose another pipeline.batch_global"
+        )
     return ValueError(
-        f"a batch of {batch} images per process does not fit in memory ({what}); the largest that does is {largest}. "
-        f"Say --pipeline.batch-per-gpu {divides}: {whole // divides} of them make up the global batch of "
+        f"{said}. Say --pipeline.batch-per-gpu {divides}: {whole // divides} of them make up the global batch of "
         f"{config.pipeline.batch_global} by gradient accumulation"
     )
 
@@ -158,9 +169,11 @@ def check_gpu(
     """Raise ValueError, on all processes, if a training step of the batch runs out of GPU memory on any.
 
     Args:
+        batch: a multiple of the recipe's `unit`, as the loader demands.
         step: makes one training step on synthetic images of the given number; waits for no other process.
         agree: returns the largest number that any process has.
     """
-    largest = largest_fitting(lambda images: fits(lambda: step(images), agree), batch)
+    size = unit(config)
+    largest = size * largest_fitting(lambda units: fits(lambda: step(units * size), agree), batch // size)
     if largest < batch:
         raise refuse(config, ranks, batch, largest, "the GPU ran out of it in a training step")

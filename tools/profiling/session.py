@@ -93,16 +93,16 @@ class Session:
         """
         work = self.work
         batch = config.pipeline.batch_per_gpu or max(1, config.pipeline.batch_global // work.ranks)
+        unit = memory.unit(config)
         if not self.gpu:
             # Only estimated: a process that asks for too much is killed.
             need = memory.estimate(config, len(self.store.classes))
             largest = -self.agree(-need.largest(available_bytes() // work.ranks))
             if largest < batch:
+                largest -= largest % unit
                 return None, f"does not fit in memory; the largest batch that does is {largest}"
         if (loader := self._try(config)) is not None:
             return loader, ""
-        # Neighbours are mixed: an odd number of images is refused.
-        unit = 2 if config.pipeline.mixup or config.pipeline.cutmix else 1
         micros = config.pipeline.batch_global // (work.ranks * batch)
 
         def fits(units: int) -> bool:
@@ -116,7 +116,9 @@ class Session:
             return tried is not None
 
         known = work.batch if work.batch < batch else 0
-        largest = unit * memory.largest_fitting(fits, (batch - 1) // unit, known // unit) if batch > 1 else 0
+        largest = (
+            unit * memory.largest_fitting(fits, (batch - 1) // unit, known // unit) if batch > unit else 0
+        )
         return None, f"does not fit in memory; the largest batch that does is {largest}"
 
     def _try(self, config: RunConfig) -> TrainingLoader | None:
