@@ -136,6 +136,30 @@ def test_one_that_takes_anothers_place_leaves_one_of_them_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
 
 
+def test_of_two_of_a_step_the_final_one_wins(tmp_path: Path) -> None:
+    """The one moved aside is what is left if the other is damaged."""
+    write(tmp_path, 3)
+    aside, final = tmp_path / "step_000003.replaced", tmp_path / "step_000003"
+    shutil.copytree(final, aside)
+    assert [found.path for found in checkpoint.complete(tmp_path)] == [aside, final]
+    sound = checkpoint.newest_sound(tmp_path)
+    assert sound is not None
+    assert sound.path == final
+    model = final / checkpoint.MODEL_FILE
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    sound = checkpoint.newest_sound(tmp_path)
+    assert sound is not None
+    assert sound.path == aside
+
+
+def test_one_moved_aside_whose_successor_never_came_is_put_back(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    (tmp_path / "step_000003").rename(tmp_path / "step_000003.replaced")
+    writer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+    assert steps(tmp_path) == [3]
+
+
 def test_what_a_killed_run_left_unfinished_goes(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / "step_000006.tmp").mkdir()

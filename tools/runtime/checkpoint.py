@@ -170,12 +170,15 @@ class Writer:
         self._pending: Future[bool] | None = None
         self._written = True  # whether the newest checkpoint was; only the first process knows
         self.background = background
+        accelerator.wait_for_everyone()  # another may still read the one that it goes on from
         if accelerator.is_main_process and folder.is_dir():
             for left in folder.glob("step_*.tmp"):  # of a run that was killed while it wrote
                 shutil.rmtree(left, ignore_errors=True)
             for left in folder.glob(f"step_*{_REPLACED}"):
                 if left.with_suffix("").exists():
                     shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.rename(left.with_suffix(""))
 
     def save(self, files: Files, step: int, *, best: int, last: bool) -> bool:
         """Write a checkpoint; called on every process.
@@ -312,7 +315,10 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def complete(folder: Path) -> list[Checkpoint]:
-    """Return the whole checkpoints in a folder, oldest first; damaged ones are named in the log."""
+    """Return the whole checkpoints in a folder, oldest first; damaged ones are named in the log.
+
+    One that was moved aside comes before the one of its step that took its place.
+    """
     found = []
     for path in sorted(folder.glob("step_*")):
         if path.suffix == ".tmp":
@@ -321,7 +327,7 @@ def complete(folder: Path) -> list[Checkpoint]:
             found.append(read(path))
         except (ValueError, FileNotFoundError) as error:
             log.warning("skipping a damaged checkpoint: %s", error)
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.suffix != _REPLACED))
 
 
 def newest_sound(folder: Path) -> Checkpoint | None:
