@@ -75,9 +75,12 @@ def train(command: TrainCommand) -> int:
     config.total_steps(len(store))  # refuses a run without a length before anything is set up
     start = starting_point(command.resume, config, store.classes)
     accelerator = make_accelerator(config)
+    if accelerator.is_main_process and not command.dry_run:
+        forget_status(config.out)
     # The heartbeat ends first: a process that fails tells the others before it closes what it has opened, since that
     # may wait for ever for the mount that it failed on.
     with ExitStack() as opened, Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
+        opened.callback(heartbeat.all_closed)
         check_agreement(accelerator, start, config.out)
         return run(command, config, store, val_store, start, accelerator, heartbeat, opened)
 
@@ -172,7 +175,6 @@ def run(
     opened.callback(writer.finish)
     metrics = None
     if main:
-        forget_status(config.out)
         metrics = MetricsFile(config.out / "metrics.jsonl", progress.step, validated=not progress.unvalidated)
         opened.callback(metrics.close)
     trackers = Trackers(accelerator, config.out)
@@ -240,6 +242,7 @@ def run(
                 seed=config.seed,
                 waiting=partial(watchdog.waiting, "validation"),
                 stopped=stopped,
+                close_after_error=opened.callback,
             )
         if scores is None:
             if not saved or not writer.settled(0):
@@ -256,9 +259,11 @@ def run(
         return Stop.NO
 
     bar.update(progress.step)
-    began_s, began_step = time.perf_counter(), progress.step
     with StopRequest(patience_s=collective_timeout_s(config)) as stop:
+        aside_s = time.perf_counter()
         reason = validation(stop, saved=False) if progress.unvalidated else Stop.NO
+        began_s, began_step = time.perf_counter(), progress.step
+        meter.exclude(began_s - aside_s)
         while reason is Stop.NO and not over():
             rate = learning_rate(config.optim, progress.step, total, steps_per_epoch)
             set_learning_rate(optimizer, rate)

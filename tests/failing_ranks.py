@@ -27,7 +27,7 @@ from ranks import ROOT, Ranks
 import shards
 import train
 from pipeline.loader import EvaluationLoader, TrainingLoader
-from tools.runtime import checkpoint, heartbeat, monitor
+from tools.runtime import checkpoint, heartbeat, monitor, scoring
 from tools.runtime.metrics import read_metrics
 
 LOST_AFTER_S = 10
@@ -109,6 +109,27 @@ class Cases:
             instead(heartbeat, "_CLEAN_UP_S", 3 - LOST_AFTER_S),
         ):
             self.run("error")
+
+    def error_in_validation(self) -> None:
+        """As `error`, while the monitor set is scored."""
+        score, close = scoring.score, EvaluationLoader.close
+
+        def failing(*arguments: Any, **named: Any) -> Any:
+            if is_victim():
+                raise ValueError("planted")
+            return score(*arguments, **named)
+
+        def hanging(loader: EvaluationLoader) -> None:
+            if is_victim():
+                time.sleep(600)
+            close(loader)
+
+        with (
+            instead(scoring, "score", failing),
+            instead(EvaluationLoader, "close", hanging),
+            instead(heartbeat, "_CLEAN_UP_S", 3 - LOST_AFTER_S),
+        ):
+            self.run("error in validation", "--val", str(self.data), *VALIDATED)
 
     def killed(self, victim: int) -> None:
         name = f"killed {victim}"
@@ -215,6 +236,7 @@ def main() -> None:
     shutil.copytree(data, val)
     cases = Cases(data, folder)
     cases.error()
+    cases.error_in_validation()
     cases.killed(0)
     cases.killed(1)
     cases.stuck("stuck training", 16, "--steps", "400")

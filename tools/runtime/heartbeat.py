@@ -36,7 +36,8 @@ class Heartbeat:
     """Beats while the process runs. A context manager that all processes enter together; alone it idles.
 
     An error that leaves it is told to the others at once. What may wait for ever when it is closed (readers on a
-    mount that hangs) is to be closed after that, outside of it.
+    mount that hangs) is to be closed after that, outside of it, and then `all_closed` called: a process that takes
+    too long, also one that is alone, prints its error and ends.
 
     Args:
         lost_after_s: silence after which a process is given up; the others end within a fifth of it.
@@ -53,7 +54,8 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         self._rank = self._ranks = 0
         self._places: list[tuple[int, str]] = []
-        self._names: list[str] = []
+        self._names = [f"rank 0 (process {os.getpid()} on {socket.gethostname()})"]
+        self._last: threading.Timer | None = None
 
     def __enter__(self) -> Heartbeat:
         if not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -81,13 +83,14 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            # What is closed after this may wait for ever: for a broken collective, for a mount that hangs.
+            self._last = threading.Timer(self._lost_after_s + _CLEAN_UP_S, self._last_resort, (error,))
+            self._last.daemon = True
+            self._last.start()
         if self._store is None or self._thread is None:
             return
         if error is not None:
-            # What is closed after this may wait for ever: for a broken collective, for a mount that hangs.
-            last_resort = threading.Timer(self._lost_after_s + _CLEAN_UP_S, self._last_resort, (error,))
-            last_resort.daemon = True
-            last_resort.start()
             self._name_the_cause(error)
         self._over.set()
         if error is not None:
@@ -97,6 +100,11 @@ class Heartbeat:
             self._leave()
         elif self._rank == 0:
             time.sleep(2 * self._interval_s)  # let the others read it: the store ends with this process
+
+    def all_closed(self) -> None:
+        """Say that what was open is closed. Alone, nothing can wait for ever then; a broken collective still can."""
+        if self._store is None and self._last is not None:
+            self._last.cancel()
 
     def _name_the_cause(self, error: BaseException) -> None:
         """Say whose end this process's error comes from, where it is another's."""

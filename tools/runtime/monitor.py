@@ -67,9 +67,9 @@ class _Batches:
 
     Args:
         loader: this process's.
-        rounds: the most batches any process has; all ask one another so often.
+        rounds: the most batches any process has; all ask one another once less.
         waiting: entered while the loader is waited for, given what says what is being read.
-        stopped: asked after every batch, by all processes together, and true for all at the same batch.
+        stopped: asked after every batch but the last, by all processes together, and true for all at the same batch.
     """
 
     def __init__(
@@ -81,12 +81,13 @@ class _Batches:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         batches = iter(self._loader)
-        for _ in range(self._rounds):
+        for number in range(self._rounds):
             with self._waiting(self._loader.reading):
                 batch = next(batches, None)
             if batch is not None:
                 yield batch
-            if self._stopped():
+            # After the last one the scores are there: a stop can wait until they are reported.
+            if number + 1 < self._rounds and self._stopped():
                 return
         self.complete = True
 
@@ -102,6 +103,7 @@ def validate(
     seed: int,
     waiting: Waiting = lambda reading: nullcontext(),
     stopped: Callable[[], bool] = lambda: False,
+    close_after_error: Callable[[Callable[[], None]], object] = lambda close: close(),
 ) -> dict[str, float] | None:
     """Score the monitor set over all processes, each image decoded once; accuracies in percent.
 
@@ -109,7 +111,9 @@ def validate(
 
     Args:
         waiting: entered while the loader is waited for, given what says what is being read.
-        stopped: asked after every batch, as often on every process; true on all or none: give up.
+        stopped: asked after every batch but the last, as often on every process; true on all or none: give up.
+        close_after_error: given what closes the loader, which after an error may wait for ever for a read that hangs:
+            to be called when the other processes know. At once by default.
 
     Returns:
         None if `stopped` said so; else val_top1_pct, val_top5_pct (clean), val_corrupted_top1_pct (mean over the
@@ -144,8 +148,10 @@ def validate(
             device=accelerator.device,
             precision=autocast_dtype(precision),
         )
-    finally:
-        loader.close()
+    except BaseException:
+        close_after_error(loader.close)
+        raise
+    loader.close()
     if not batches.complete:
         return None
     total = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
