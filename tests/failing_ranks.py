@@ -155,7 +155,7 @@ class Cases:
             return fetch(store, *arguments, **named)
 
         with instead(shards.Store, "fetch", hanging):
-            self.run(name, "--data-warn-s", "0.5", "--data-stop-s", "1.5", *more)
+            self.run(name, "--data-warn-s", "1", "--data-stop-s", "6", *more)
 
     def not_finite(self) -> None:
         """One process has a NaN in an image of step 2."""

@@ -23,8 +23,8 @@ import shards
 import train
 from pipeline.config import PipelineConfig
 from pipeline.loader import TrainingLoader
-from tools.runtime import affinity, checkpoint, step, trackers, watchdog
-from tools.runtime.config import parse_command
+from tools.runtime import affinity, checkpoint, launch, step, trackers, watchdog
+from tools.runtime.config import RunConfig, parse_command
 from tools.runtime.guard import FiniteGuard
 from tools.runtime.meter import Meter, host_memory_gib
 from tools.runtime.metrics import read_metrics
@@ -269,3 +269,18 @@ def test_pages_of_mapped_files_are_not_held(tmp_path: Path) -> None:
     held = bytearray(b"\1") * size_b
     assert host_memory_gib() - before_gib > 0.2
     del held
+
+
+def test_a_process_that_cannot_be_set_up_is_not_ended_later(
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer for processes that others do not join goes with the error, or it would end whoever called."""
+
+    def missing(names: object) -> list[str]:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(trackers, "checked", missing)
+    with pytest.raises(ValueError, match="planted"):
+        launch.make_accelerator(RunConfig(data=picture_shards, out=tmp_path, steps=1))
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)

@@ -48,14 +48,16 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     alone = threading.Timer(config.join_within_s, _alone, (config.join_within_s,))
     alone.daemon = True
     alone.start()
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        log_with=trackers.checked(config.trackers),
-        project_dir=str(config.out),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s(config)))],
-    )
-    alone.cancel()
+    try:
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            log_with=trackers.checked(config.trackers),
+            project_dir=str(config.out),
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_s(config)))],
+        )
+    finally:
+        alone.cancel()
     if config.sync_bn and accelerator.device.type != "cuda":
         raise ValueError(
             "sync_bn needs GPUs: torch has no synchronised batch normalisation for the CPU; leave it out, or say "
