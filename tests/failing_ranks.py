@@ -52,6 +52,20 @@ def is_victim() -> bool:
     return os.environ.get("RANK") == str(VICTIM)
 
 
+@contextmanager
+def closing_hangs(kind: type) -> Any:
+    """What the victim closes of a kind waits for ever; the time that cleaning up may take is made short."""
+    close = kind.close  # type: ignore[attr-defined]
+
+    def hanging(loader: object) -> None:
+        if is_victim():
+            time.sleep(600)
+        close(loader)
+
+    with instead(kind, "close", hanging), instead(heartbeat, "_CLEAN_UP_S", 3 - LOST_AFTER_S):
+        yield
+
+
 class Cases:
     """Runs them, each in a folder of its own."""
 
@@ -90,45 +104,26 @@ class Cases:
 
     def error(self) -> None:
         """One process fails; what it then closes waits for ever."""
-        step, close = train.train_step, TrainingLoader.close
+        step = train.train_step
 
         def failing(*arguments: Any, **named: Any) -> None:
             if is_victim() and named["step"] == 3:
                 raise ValueError("planted")
             step(*arguments, **named)
 
-        def hanging(loader: TrainingLoader) -> None:
-            if is_victim():
-                time.sleep(600)
-            close(loader)
-
-        # The time that cleaning up may take is made short.
-        with (
-            instead(train, "train_step", failing),
-            instead(TrainingLoader, "close", hanging),
-            instead(heartbeat, "_CLEAN_UP_S", 3 - LOST_AFTER_S),
-        ):
+        with instead(train, "train_step", failing), closing_hangs(TrainingLoader):
             self.run("error")
 
     def error_in_validation(self) -> None:
         """As `error`, while the monitor set is scored."""
-        score, close = scoring.score, EvaluationLoader.close
+        score = scoring.score
 
         def failing(*arguments: Any, **named: Any) -> Any:
             if is_victim():
                 raise ValueError("planted")
             return score(*arguments, **named)
 
-        def hanging(loader: EvaluationLoader) -> None:
-            if is_victim():
-                time.sleep(600)
-            close(loader)
-
-        with (
-            instead(scoring, "score", failing),
-            instead(EvaluationLoader, "close", hanging),
-            instead(heartbeat, "_CLEAN_UP_S", 3 - LOST_AFTER_S),
-        ):
+        with instead(scoring, "score", failing), closing_hangs(EvaluationLoader):
             self.run("error in validation", "--val", str(self.data), *VALIDATED)
 
     def killed(self, victim: int) -> None:

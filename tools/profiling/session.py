@@ -14,7 +14,7 @@ from pipeline.joined import join
 from pipeline.loader import TrainingLoader
 from tools.profiling import memory, reading
 from tools.profiling.attached import Step, StepProfile
-from tools.profiling.clock import Probe, settle
+from tools.profiling.clock import Probe, measure, settle
 from tools.profiling.machine import available_bytes
 from tools.profiling.table import Spread
 from tools.profiling.workload import Workload
@@ -136,6 +136,23 @@ class Session:
             loader.close()
         memory.release()
         return None
+
+    def measured(self, *probes: Probe) -> bool:
+        """Measure probes in turns; False if that took more memory than there is."""
+        try:
+            measure(
+                probes,
+                rounds=self.rounds,
+                seconds=self.seconds,
+                agree=self.agree,
+                progress=self.progress,
+            )
+        except (RuntimeError, MemoryError) as error:
+            # Several processes are not in step any more: this one has to end, and its launcher ends the others.
+            if self.work.ranks > 1 or not memory.ran_out(error):
+                raise
+            return False
+        return True
 
     def rate(self, probe: Probe) -> Spread:
         """Return a probe's images per second of all processes."""

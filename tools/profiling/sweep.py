@@ -14,7 +14,7 @@ import torch
 
 from pipeline.loader import TrainingLoader
 from tools.profiling import memory
-from tools.profiling.clock import Probe, measure
+from tools.profiling.clock import Probe
 from tools.profiling.session import Session
 from tools.profiling.table import Point, Spread, Sweep
 from tools.profiling.trials import changed
@@ -66,18 +66,7 @@ def finish(setting: str, found: Sequence[Found], samples: int) -> Sweep:
 
 
 def _measured(session: Session, value: int, probe: Probe) -> Found:
-    try:
-        measure(
-            [probe],
-            rounds=session.rounds,
-            seconds=session.seconds,
-            agree=session.agree,
-            progress=session.progress,
-        )
-    except (RuntimeError, MemoryError) as error:
-        # Several processes are not in step any more: this one has to end, and its launcher ends the others.
-        if session.work.ranks > 1 or not memory.ran_out(error):
-            raise
+    if not session.measured(probe):
         return value, None, "ran out of memory"
     return value, session.rate(probe), ""
 

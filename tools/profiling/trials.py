@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tools.profiling import memory
-from tools.profiling.clock import Probe, measure
+from tools.profiling.clock import Probe
 from tools.profiling.session import Session
 from tools.profiling.table import Trial
 from tools.runtime.config import RunConfig
@@ -84,18 +84,7 @@ def run(session: Session) -> Iterator[Trial]:
 def _beside(session: Session, probe: Probe) -> Trial:
     """Measure a probe in turns with the run as it is."""
     baseline = session.training_probe("as it is", session.config, session.work.loader)
-    try:
-        measure(
-            [baseline, probe],
-            rounds=session.rounds,
-            seconds=session.seconds,
-            agree=session.agree,
-            progress=session.progress,
-        )
-    except (RuntimeError, MemoryError) as error:
-        # Several processes are not in step any more: this one has to end, and its launcher ends the others.
-        if session.work.ranks > 1 or not memory.ran_out(error):
-            raise
+    if not session.measured(baseline, probe):
         return Trial(
             change=probe.name, rate_img_s=None, baseline_img_s=None, note="ran out of memory in training"
         )
