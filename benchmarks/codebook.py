@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.environment import environment, percentiles
 from model.codebook import PreparedCodebook, nearest_code, quantize
-from model.codebook.kernels import kernels_for
+from model.codebook.kernels import APART, TILE_AUTO, kernels_for
 from model.codebook.segment_sum import segment_sum_of_differences
 
 # Shapes: N = features, K = codes, D = feature dimension.
@@ -208,6 +208,13 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
     if z_ND.is_cuda and torch.cuda.get_device_capability() == (9, 0):
         for name, impl in (("ours: search, mma.sync", "cuda"), ("ours: search, Hopper variant", "hopper")):
             found[name] = partial(nearest_code, z_ND, codes_KD, impl=impl, prepared=prepared)
+    fused = kernels_for(z_ND, "auto")
+    if fused is not None and len(z_ND) <= 128:
+        ready = fused.prepare(codes_KD, False)
+        for name, tile in (("in one launch", TILE_AUTO), ("in a launch of its own", TILE_AUTO + APART)):
+            found[f"ours: mma.sync, converted {name}"] = partial(
+                fused.search, z_ND, codes_KD, False, ready, tile=tile
+            )
     return found | installed_methods(z_ND, codes_KD)
 
 

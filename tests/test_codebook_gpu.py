@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.codebook import PreparedCodebook, kernels, nearest_code, quantize, segment_sum, segment_sum_dense
 from model.codebook.choice import VARIABLE, hostile_problem, variant_for
-from model.codebook.kernels import TILE_ANY, TILE_AUTO, TILE_HOPPER, Kernels
+from model.codebook.kernels import APART, TILE_ANY, TILE_AUTO, TILE_HOPPER, Kernels
 from model.codebook.search import search_in_blocks
 from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
 from tests.test_codebook_kernels import TILES, assert_accumulation_within_rate, check
@@ -50,6 +50,25 @@ def test_exact_on_hostile_data(built: Kernels, case: Case, metric: str, tile: st
     found = built.search(z_ND, codes_KD, cosine, built.prepare(codes_KD, cosine), tile=TILES[tile])
     assert torch.equal(found.index_N.cpu(), expected[0])
     assert torch.equal(found.sqdist_N.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("k", "d"), [(300, 65), (1000, 2048), (100_000, 512)])
+def test_few_features_get_the_answers_they_get_among_many(
+    built: Kernels, k: int, d: int, tile: str, metric: str
+) -> None:
+    """Up to 128 are converted in the launch of the search, whose blocks wait for each other."""
+    z_ND, codes_KD = on_gpu(near_duplicates, 300, k, d)
+    cosine = metric == "cosine"
+    prepared = built.prepare(codes_KD, cosine)
+    expected = built.search(z_ND, codes_KD, cosine, prepared, gather=True, tile=TILES[tile])
+    for n in (1, 7, 128):
+        for apart in (0, APART):
+            few_ND = z_ND[:n].contiguous()
+            found = built.search(few_ND, codes_KD, cosine, prepared, gather=True, tile=TILES[tile] + apart)
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b[:n])
 
 
 hopper_only = pytest.mark.skipif(
@@ -149,17 +168,19 @@ def test_accumulation_of_this_gpu_stays_within_its_rate(built: Kernels, tile: st
     assert_accumulation_within_rate(built, TILES[tile], signs, torch.device("cuda"), 256, 1024, dims)
 
 
-def test_no_call_waits_for_the_device(no_waiting: None) -> None:
-    z_ND, codes_KD = (t.requires_grad_() for t in on_gpu(near_duplicates, 500, 2000, 256))
+@pytest.mark.parametrize("n", [100, 500])
+def test_no_call_waits_for_the_device(n: int, no_waiting: None) -> None:
+    z_ND, codes_KD = (t.requires_grad_() for t in on_gpu(near_duplicates, n, 2000, 256))
     prepared = PreparedCodebook(codes_KD)
     for _ in range(2):
         found = quantize(z_ND, codes_KD, prepared=prepared)
         (found.vq_loss + found.commit_loss + found.quantised_ND.sum()).backward()
 
 
+@pytest.mark.parametrize("n", [100, 500])
 @pytest.mark.parametrize("case", [relu, collapsed])
-def test_runs_in_a_cuda_graph_on_another_stream(case: Case) -> None:
-    z_ND, codes_KD = on_gpu(case, 500, 2000, 256)
+def test_runs_in_a_cuda_graph_on_another_stream(case: Case, n: int) -> None:
+    z_ND, codes_KD = on_gpu(case, n, 2000, 256)
     other_ND = z_ND.flip(0).contiguous()
     expected = [quantize(z_ND, codes_KD), quantize(other_ND, codes_KD)]
     stream = torch.cuda.Stream()

@@ -6,6 +6,7 @@ must give is what `nearest_code` gives with torch alone, which its own tests hol
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from model.codebook import PreparedCodebook, kernels, nearest_code, quantize
 from model.codebook.choice import VARIABLE
-from model.codebook.kernels import TILE_ANY, TILE_AUTO, TILE_HOPPER, TILE_NARROW, TILE_WIDE, Kernels
+from model.codebook.kernels import (
+    APART,
+    TILE_ANY,
+    TILE_AUTO,
+    TILE_HOPPER,
+    TILE_NARROW,
+    TILE_WIDE,
+    Kernels,
+)
 from model.codebook.search import search_in_blocks
 from tests.codebook_shim import CSRC
 from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
@@ -78,6 +87,44 @@ def test_hopper_variant_by_cosine_and_over_row_tiles(shim: Kernels) -> None:
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_exact_over_row_tiles_and_splits(shim: Kernels, case: Case) -> None:
     check(shim, *data(case, 150, 700, 33))
+
+
+def launches(shim: Kernels) -> tuple[int, int]:
+    """Launches of the host shim so far: ordinary ones, and those whose blocks run side by side."""
+    count = ctypes.CDLL(str(shim.path)).vqsa_shim_launches
+    return count(0), count(1)
+
+
+@pytest.mark.parametrize("multiprocessors", ["3", "11"])
+@pytest.mark.parametrize(("n", "k"), [(1, 700), (5, 40), (128, 700)])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("tile", TILES)
+def test_few_features_are_converted_in_the_launch_of_the_search(
+    shim: Kernels, tile: str, metric: str, n: int, k: int, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More features than blocks and fewer, more blocks than code tiles and fewer: exact, and one launch less."""
+    monkeypatch.setenv("VQSA_SHIM_MULTIPROCESSORS", multiprocessors)
+    z_ND, codes_KD = data(near_duplicates, n, k, 40)
+    cosine = metric == "cosine"
+    prepared = shim.prepare(codes_KD, cosine)
+    found = []
+    for apart in (0, APART):
+        before = launches(shim)
+        found.append(shim.search(z_ND, codes_KD, cosine, prepared, gather=True, tile=TILES[tile] + apart))
+        used = [now - then for now, then in zip(launches(shim), before, strict=True)]
+        assert used == ([4, 0] if apart else [2, 1])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(found[0].index_N, search_in_blocks(z_ND, codes_KD, cosine, 256)[0])
+
+
+@pytest.mark.parametrize(("n", "tile"), [(129, TILE_AUTO), (100, TILE_HOPPER)])
+def test_many_features_and_tma_take_converted_ones(shim: Kernels, n: int, tile: int) -> None:
+    """Other blocks would have to fetch what TMA reads; and more features than a tile holds are many blocks' work."""
+    before = launches(shim)
+    z_ND, codes_KD = data(relu, n, 300, 40)
+    shim.search(z_ND, codes_KD, False, shim.prepare(codes_KD, False), tile=tile)
+    assert launches(shim)[1] == before[1]
 
 
 @pytest.mark.parametrize("case", [CASES[0], collapsed])

@@ -18,6 +18,9 @@ LIBRARY = Path(__file__).with_name("libvqsa_codebook.so")
 TILE_AUTO, TILE_WIDE, TILE_NARROW, TILE_HOPPER, TILE_ANY = 0, 1, 2, 3, 4
 """VqsaTile of csrc/codebook.h."""
 
+APART = 8
+"""Added to a tile: features are converted in a launch of their own even where they are few."""
+
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
@@ -41,7 +44,7 @@ class Kernels:
     """One build of the kernels: for "cuda" tensors, or, in the tests, for "cpu" ones."""
 
     def __init__(self, path: Path, device_type: str = "cuda") -> None:
-        self.device_type = device_type
+        self.path, self.device_type = path, device_type
         lib = ctypes.CDLL(str(path))
         i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
         lib.vqsa_codebook_last_error.restype = ctypes.c_char_p

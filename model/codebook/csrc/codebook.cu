@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <string>
 
+#include "few.h"
 #include "hopper.h"
-#include "prepare.h"
 #include "resolve.h"
 #include "segment.h"
 
@@ -57,6 +57,7 @@ Prepared prepared_in(Pieces& pieces, int64_t codes, int32_t dim, bool cosine) {
 struct Plan {
   VqsaTile tile;
   int splits;
+  bool together;  // convert and search in one launch, if the device can
 };
 
 bool allowed(VqsaTile tile, int32_t wanted, const Device& device) {
@@ -65,9 +66,10 @@ bool allowed(VqsaTile tile, int32_t wanted, const Device& device) {
 }
 
 /// The tile and number of splits that should end first: whole waves of blocks, each as long as its codes.
-Plan plan_search(int rows, int64_t codes, int32_t wanted, const Device& device) {
+Plan plan_search(int rows, int64_t codes, int32_t asked, const Device& device) {
   const int row_tiles = static_cast<int>(divide_up(rows, kRowTile));
-  Plan best = {VQSA_TILE_WIDE, 1};
+  const int32_t wanted = asked & ~VQSA_APART;
+  Plan best = {VQSA_TILE_WIDE, 1, false};
   double least = 1e300;
   for (const VqsaTile tile : {VQSA_TILE_WIDE, VQSA_TILE_NARROW, VQSA_TILE_HOPPER}) {
     if (!allowed(tile, wanted, device)) continue;
@@ -82,10 +84,12 @@ Plan plan_search(int rows, int64_t codes, int32_t wanted, const Device& device) 
       const double cost = waves * (static_cast<double>(divide_up(tiles, splits)) * tile_cost + 16) + 0.5 * splits;
       if (cost < least) {
         least = cost;
-        best = {tile, static_cast<int>(splits)};
+        best = {tile, static_cast<int>(splits), false};
       }
     }
   }
+  best.together = wanted == asked && device.together && row_tiles == 1 && best.tile != VQSA_TILE_HOPPER &&
+                  best.splits <= device.multiprocessors;
   return best;
 }
 
@@ -131,26 +135,59 @@ int64_t centre_scratch_bytes(int32_t dim) {
          round_up(divide_up(dim, kRowThreads) * kCentreChunks * 4, 256);
 }
 
-const char* search_rows(const Workspace& work, const Prepared& prepared, int rows, int64_t codes, const Plan& plan,
-                        const Device& device, Stream stream) {
-  const int blocks = static_cast<int>(divide_up(rows, kRowTile)) * plan.splits;
-  if (plan.tile == VQSA_TILE_NARROW)
-    return launch(search_codes<Small>, blocks, kSweepThreads, search_bytes<Small>(), stream, work, prepared, rows, codes,
-                  plan.splits);
-  if (plan.tile == VQSA_TILE_HOPPER) {
-    if (device.capability != 90) return "the Hopper search needs a device of compute capability 9.0";
-    TensorMap features, code_map;
-    const char* why = tensor_map(features, work.shadow, rows, prepared.pitch, kRowTile);
-    if (why == nullptr) why = tensor_map(code_map, prepared.shadow, codes, prepared.pitch, Hopper::kCodes);
-    if (why != nullptr) return why;
-    return launch(search_codes_hopper, blocks, Hopper::kThreads, kHopperBytes, stream, features, code_map, work,
-                  prepared, rows, codes, plan.splits);
+/// A tile of features in the caller's matrix, and what is needed to search for them.
+struct Task {
+  Rows z;
+  int64_t first;
+  int rows;
+  int64_t codes;
+  bool cosine;
+  Prepared prepared;
+  Workspace work;
+  Plan plan;
+};
+
+const char* convert(const Task& task, Stream stream) {
+  return launch(shadow_features, task.rows, kRowThreads, kFoldBytes, stream, task.z, task.first, task.prepared,
+                task.work, task.cosine);
+}
+
+template <class T>
+const char* convert_and_search(const Task& task, const Device& device, Stream stream) {
+  const Plan& plan = task.plan;
+  if (plan.together) {
+    const int blocks = std::max(plan.splits, std::min(task.rows, device.multiprocessors));
+    // Half of L2, or what is asked for first is pushed out by what is asked for last.
+    const int ahead = std::min(kAheadBytes, device.l2_bytes / 2 / plan.splits);
+    const char* why = nullptr;
+    if (launch_together(why, convert_and_search_codes<T>, blocks, kSweepThreads, search_bytes<T>(), stream, task.z,
+                        task.first, task.prepared, task.work, task.cosine, task.rows, task.codes, plan.splits, ahead))
+      return why;
   }
+  if (const char* why = convert(task, stream)) return why;
+  return launch(search_codes<T>, static_cast<int>(divide_up(task.rows, kRowTile)) * plan.splits, kSweepThreads,
+                search_bytes<T>(), stream, task.work, task.prepared, task.rows, task.codes, plan.splits);
+}
+
+const char* convert_and_search_hopper(const Task& task, const Device& device, Stream stream) {
+  if (device.capability != 90) return "the Hopper search needs a device of compute capability 9.0";
+  const Prepared& prepared = task.prepared;
+  TensorMap features, codes;
+  const char* why = tensor_map(features, task.work.shadow, task.rows, prepared.pitch, kRowTile);
+  if (why == nullptr) why = tensor_map(codes, prepared.shadow, task.codes, prepared.pitch, Hopper::kCodes);
+  if (why == nullptr) why = convert(task, stream);
+  if (why != nullptr) return why;
+  return launch(search_codes_hopper, static_cast<int>(divide_up(task.rows, kRowTile)) * task.plan.splits,
+                Hopper::kThreads, kHopperBytes, stream, features, codes, task.work, prepared, task.rows, task.codes,
+                task.plan.splits);
+}
+
+const char* convert_and_search(const Task& task, const Device& device, Stream stream) {
+  if (task.plan.tile == VQSA_TILE_HOPPER) return convert_and_search_hopper(task, device, stream);
+  if (task.plan.tile == VQSA_TILE_NARROW) return convert_and_search<Small>(task, device, stream);
   if (static_cast<size_t>(device.shared_bytes) < search_bytes<Large>())
-    return launch(search_codes<LargeShort>, blocks, kSweepThreads, search_bytes<LargeShort>(), stream, work, prepared,
-                  rows, codes, plan.splits);
-  return launch(search_codes<Large>, blocks, kSweepThreads, search_bytes<Large>(), stream, work, prepared, rows, codes,
-                plan.splits);
+    return convert_and_search<LargeShort>(task, device, stream);
+  return convert_and_search<Large>(task, device, stream);
 }
 
 template <class T>
@@ -258,8 +295,8 @@ int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, c
   const Outputs out = {index, sqdist, quantised, error, usage, effort, alarm};
   for (int64_t first = 0; first < features; first += sizes.rows) {
     const int rows = static_cast<int>(std::min<int64_t>(sizes.rows, features - first));
-    const char* why = launch(shadow_features, rows, kRowThreads, kFoldBytes, stream, z, first, prepared, work, cosine != 0);
-    if (why == nullptr) why = search_rows(work, prepared, rows, code_count, sizes.plan, found, stream);
+    const Task task = {z, first, rows, code_count, cosine != 0, prepared, work, sizes.plan};
+    const char* why = convert_and_search(task, found, stream);
     if (why == nullptr)
       why = launch(rescan_codes<Small>, sizes.rescan_blocks, kSweepThreads, rescan_bytes<Small>(), stream, z, first,
                    codes, prepared, work, cosine != 0);

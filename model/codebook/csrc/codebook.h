@@ -29,6 +29,8 @@ enum VqsaTile {
   VQSA_TILE_HOPPER = 3,
   VQSA_TILE_ANY = 4
 };
+/// Added to a tile: features are converted in a launch of their own even where they are few.
+enum { VQSA_APART = 8 };
 
 /// Bytes of scratch for `features` rows, 0 on an error. Below 64 MB.
 VQSA_API int64_t vqsa_codebook_workspace_bytes(int64_t features, int64_t codes, int32_t dim, int32_t cosine,

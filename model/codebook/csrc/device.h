@@ -8,6 +8,7 @@
 #include "shim/cuda.h"
 #else
 
+#include <cooperative_groups.h>
 #include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -35,6 +36,10 @@ VQ_DEVICE unsigned char* shared_memory() {
 
 VQ_DEVICE void block_sync() { __syncthreads(); }
 VQ_DEVICE void warp_sync() { __syncwarp(); }
+/// Waits for every thread of a `launch_together`; what they wrote before is seen after it.
+VQ_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
+/// Asks for the line at `global` to be brought to L2, and does not wait for it.
+VQ_DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 VQ_DEVICE bool warp_all(bool mine) { return __all_sync(0xFFFFFFFFu, mine) != 0; }
 
 template <class T>
@@ -208,33 +213,67 @@ VQ_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2
 VQ_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 VQ_DEVICE float bits_float(uint32_t word) { return __uint_as_float(word); }
 
+template <class... P>
+const char* allow_shared(void (*kernel)(P...), size_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return nullptr;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shared_bytes));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream stream, A... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-  }
+  if (const char* why = allow_shared(kernel, shared_bytes)) return why;
   kernel<<<blocks, threads, shared_bytes, stream>>>(static_cast<P>(arguments)...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+/// A launch whose blocks all run at the same time, so that they can wait for each other. False, with nothing queued,
+/// where they cannot (a part of the device may be lent to others); true with `why` set on any other error.
+template <class... P, class... A>
+bool launch_together(const char*& why, void (*kernel)(P...), int blocks, int threads, size_t shared_bytes,
+                     Stream stream, A... arguments) {
+  why = allow_shared(kernel, shared_bytes);
+  if (why != nullptr) return true;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // forget it
+    return false;
+  }
+  if (error != cudaSuccess) why = cudaGetErrorString(error);
+  return true;
+}
+
 /// What the choice of tiles depends on.
 struct Device {
-  int multiprocessors, shared_bytes, capability;
+  int multiprocessors, shared_bytes, l2_bytes, capability;
+  bool together;  // can run blocks that wait for each other
 };
 inline const char* device(Device& out) {
-  int number = 0;
+  int number = 0, major = 0, minor = 0, together = 0;
   cudaError_t error = cudaGetDevice(&number);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, number);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&out.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
-  int major = 0, minor = 0;
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, number);
+  };
+  ask(out.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(out.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(out.l2_bytes, cudaDevAttrL2CacheSize);
+  ask(major, cudaDevAttrComputeCapabilityMajor);
+  ask(minor, cudaDevAttrComputeCapabilityMinor);
+  ask(together, cudaDevAttrCooperativeLaunch);
   out.capability = major * 10 + minor;
+  out.together = together != 0;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

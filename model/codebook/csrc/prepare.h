@@ -154,11 +154,10 @@ VQ_KERNEL(kRowThreads) shadow_codes(Rows codes, Prepared prepared, bool cosine, 
   prepared.codes[i] = code;
 }
 
-/// One block per feature: its shadow and constants, and an empty list of candidates.
-VQ_KERNEL(kRowThreads) shadow_features(Rows z, int64_t first, Prepared prepared, Workspace work, bool cosine) {
+/// The whole block writes feature r's shadow and constants, and an empty list of candidates.
+VQ_DEVICE void shadow_feature(const Rows& z, int64_t row_of_z, const Prepared& prepared, const Workspace& work, int r,
+                              bool cosine) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  const int r = block_index();
-  const int64_t row_of_z = first + r;
   double norm = 1.0;
   if (cosine) {
     const WholeBlock group = {scratch};
@@ -207,6 +206,11 @@ VQ_KERNEL(kRowThreads) shadow_features(Rows z, int64_t first, Prepared prepared,
   work.count[r] = 0;
   work.overflow[r] = 0;
   if (r == 0) *work.overflow_total = *work.stalled = 0;
+}
+
+/// One block per feature.
+VQ_KERNEL(kRowThreads) shadow_features(Rows z, int64_t first, Prepared prepared, Workspace work, bool cosine) {
+  shadow_feature(z, first + block_index(), prepared, work, block_index(), cosine);
 }
 
 }  // namespace vqsa::codebook

@@ -57,9 +57,11 @@ VQ_DEVICE void finish_list(const Workspace& work, int row, Candidate* list, int 
   for (int i = 0; i < kept; ++i) work.candidates[static_cast<int64_t>(row) * work.capacity + at + i] = list[i];
 }
 
-/// Blocks count through the feature tiles first, so that those at work at one time share their codes in L2.
+/// What one block does. Blocks count through the feature tiles first, so that those at work at one time share their
+/// codes in L2.
 template <class T>
-VQ_KERNEL(kSweepThreads) search_codes(Workspace work, Prepared prepared, int row_count, int64_t code_count, int splits) {
+VQ_DEVICE void search_tile(const Workspace& work, const Prepared& prepared, int row_count, int64_t code_count,
+                           int splits) {
   unsigned char* stages = shared_memory();
   SearchLists& own = *reinterpret_cast<SearchLists*>(stages + T::kBytes);
   const int row_tiles = (row_count + kRowTile - 1) / kRowTile;
@@ -160,6 +162,11 @@ VQ_KERNEL(kSweepThreads) search_codes(Workspace work, Prepared prepared, int row
 
   if (thread < kRowTile && own.rows[thread] >= 0)
     finish_list(work, own.rows[thread], own.list[thread], own.count[thread], from_ordered(own.limit[thread]));
+}
+
+template <class T>
+VQ_KERNEL(kSweepThreads) search_codes(Workspace work, Prepared prepared, int row_count, int64_t code_count, int splits) {
+  search_tile<T>(work, prepared, row_count, code_count, splits);
 }
 
 }  // namespace vqsa::codebook

@@ -1,8 +1,8 @@
 // CUDA on a CPU, so that tests can run the kernels where there is no GPU: what device.h has for a device.
 //
-// Every thread of a block is a fiber; blocks run one after another. A fiber runs until it reaches a barrier
-// or an instruction of the whole warp (shuffle, ldmatrix, mma), which happens once all have arrived. What
-// hardware leaves open is made hostile: shared memory starts as NaN; cp.async spoils its destination when it
+// Every thread of a block is a fiber; blocks run one after another, those of `launch_together` side by side. A fiber
+// runs until it reaches a barrier or an instruction of the whole warp (shuffle, ldmatrix, mma), which happens once all
+// have arrived. What hardware leaves open is made hostile: shared memory starts as NaN; cp.async spoils its destination when it
 // is issued and delivers when it is waited for, the latest moment allowed; mma rounds towards zero after
 // every eight products, as the worst of the tensor cores seen so far.
 #pragma once
@@ -63,20 +63,40 @@ inline float bits_float(uint32_t word) {
   return value;
 }
 
+/// For AddressSanitizer: what is asked for has to be there.
+inline void prefetch(const void* global) { (void)*static_cast<const volatile unsigned char*>(global); }
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream, A... arguments) {
+  ++shim::machine().launches[0];
   shim::machine().body = [=] { kernel(arguments...); };
-  for (int block = 0; block < blocks; ++block) shim::run_block(block, blocks, threads, shared_bytes);
+  for (int block = 0; block < blocks; ++block) shim::run_blocks(block, 1, blocks, threads, shared_bytes);
   return nullptr;
 }
 
+template <class... P, class... A>
+bool launch_together(const char*& why, void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream,
+                     A... arguments) {
+  ++shim::machine().launches[1];
+  shim::machine().body = [=] { kernel(arguments...); };
+  shim::run_blocks(0, blocks, blocks, threads, shared_bytes);
+  why = nullptr;
+  return true;
+}
+
 struct Device {
-  int multiprocessors, shared_bytes, capability;
+  int multiprocessors, shared_bytes, l2_bytes, capability;
+  bool together;
 };
 inline const char* device(Device& out) {
   const char* multiprocessors = std::getenv("VQSA_SHIM_MULTIPROCESSORS");
-  out = {multiprocessors == nullptr ? 4 : std::atoi(multiprocessors), 227 * 1024, 90};
+  out = {multiprocessors == nullptr ? 4 : std::atoi(multiprocessors), 227 * 1024, 50 << 20, 90, true};
   return nullptr;
 }
 
 }  // namespace vqsa::codebook
+
+/// For tests: launches so far, of the ordinary kind (0) or of blocks that run side by side (1).
+extern "C" __attribute__((visibility("default"), used)) inline int vqsa_shim_launches(int together) {
+  return shim::machine().launches[together];
+}

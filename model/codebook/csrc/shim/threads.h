@@ -1,4 +1,5 @@
 // The threads of a block as fibers of one CPU thread, with what they meet at: barriers and whole-warp instructions.
+// Blocks run one after another, or side by side where the launch says so, since these may wait for each other.
 //
 // ThreadSanitizer is told about the fibers and learns of order only from barriers, so that it finds a missing one;
 // AddressSanitizer knows their stacks and the exact size of shared memory.
@@ -56,7 +57,7 @@ vqsa_shim_switch:
 namespace shim {
 
 constexpr size_t kStackBytes = 256 * 1024;
-enum class State { ready, at_warp, at_block, done };
+enum class State { ready, at_warp, at_block, at_grid, done };
 
 struct Copy {
   void* to;
@@ -72,7 +73,10 @@ struct Product {  // a wgmma that has been issued
   bool add;
 };
 
+struct Block;
+
 struct Fiber {
+  Block* block = nullptr;
   void* stack_pointer = nullptr;
   std::unique_ptr<char[]> stack;
   State state = State::done;
@@ -98,15 +102,22 @@ struct Warp {
   Rounds sync;
 };
 
+struct Block {
+  int number = 0, arrived = 0;
+  std::unique_ptr<Fiber>* fibers = nullptr;  // those of its threads
+  std::vector<Warp> warps;
+  Rounds sync;
+  std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
+};
+
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Warp> warps;
+  std::vector<Block> resident;  // those that run side by side
   Fiber* current = nullptr;
   void* scheduler = nullptr;
-  int threads = 0, block = 0, blocks = 0, arrived = 0;
+  int threads = 0, blocks = 0, arrived = 0, launches[2] = {0, 0};
   char start = 0, end = 0;
-  Rounds sync;
-  unsigned char* shared = nullptr;
+  Rounds sync;  // of the grid
   std::function<void()> body;
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
@@ -172,28 +183,26 @@ NO_TSAN inline void resume(Fiber& fiber) {
 #endif
 }
 
-NO_TSAN inline void run_block(int block, int blocks, int threads, size_t shared_bytes) {
-  Machine& m = machine();
-  // Exactly as large as asked for: one byte too far is seen by AddressSanitizer.
-  std::unique_ptr<unsigned char, decltype(&std::free)> shared(
-      static_cast<unsigned char*>(std::aligned_alloc(128, std::max<size_t>(128, (shared_bytes + 127) / 128 * 128))), &std::free);
-  std::memset(shared.get(), 0xFF, shared_bytes);
+/// Exactly as large as asked for: one byte too far is seen by AddressSanitizer.
+NO_TSAN inline size_t room_for(size_t bytes) { return std::max<size_t>(128, (bytes + 127) / 128 * 128); }
+
+NO_TSAN inline void start_block(Block& block, int number, std::unique_ptr<Fiber>* fibers, int threads,
+                                size_t shared_bytes) {
+  block.number = number;
+  block.fibers = fibers;
+  block.warps.assign(threads / 32, Warp());
+  block.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, room_for(shared_bytes))));
+  std::memset(block.shared.get(), 0xFF, shared_bytes);
 #if defined(__SANITIZE_ADDRESS__)
-  const size_t rounded = std::max<size_t>(128, (shared_bytes + 127) / 128 * 128);
-  __asan_poison_memory_region(shared.get() + shared_bytes, rounded - shared_bytes);
+  __asan_poison_memory_region(block.shared.get() + shared_bytes, room_for(shared_bytes) - shared_bytes);
 #endif
-  m.shared = shared.get();
-  m.block = block;
-  m.blocks = blocks;
-  m.threads = threads;
-  m.arrived = 0;
-  while (static_cast<int>(m.fibers.size()) < threads) {
-    m.fibers.push_back(std::make_unique<Fiber>());
-    m.fibers.back()->stack.reset(new char[kStackBytes]);
-  }
-  m.warps.assign(threads / 32, Warp());
   for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = *m.fibers[t];
+    if (fibers[t] == nullptr) {
+      fibers[t] = std::make_unique<Fiber>();
+      fibers[t]->stack.reset(new char[kStackBytes]);
+    }
+    Fiber& fiber = *fibers[t];
+    fiber.block = &block;
     fiber.thread = t;
     fiber.state = State::ready;
     fiber.groups.assign(1, {});
@@ -205,13 +214,24 @@ NO_TSAN inline void run_block(int block, int blocks, int threads, size_t shared_
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     fiber.stack_pointer = top;
   }
+}
+
+/// Runs blocks first … first + count - 1 of a launch side by side.
+NO_TSAN inline void run_blocks(int first, int count, int blocks, int threads, size_t shared_bytes) {
+  Machine& m = machine();
+  m.blocks = blocks;
+  m.threads = threads;
+  m.arrived = 0;
+  m.fibers.resize(std::max(m.fibers.size(), static_cast<size_t>(count) * threads));
+  m.resident = std::vector<Block>(count);
+  for (int b = 0; b < count; ++b) start_block(m.resident[b], first + b, &m.fibers[b * threads], threads, shared_bytes);
 #if defined(__SANITIZE_THREAD__)
   m.tsan = __tsan_get_current_fiber();
   __tsan_release(&m.start);
 #endif
-  for (int running = threads; running > 0;) {
+  for (int running = count * threads; running > 0;) {
     bool moved = false;
-    for (int t = 0; t < threads; ++t) {
+    for (int t = 0; t < count * threads; ++t) {
       Fiber& fiber = *m.fibers[t];
       if (fiber.state != State::ready) continue;
       resume(fiber);
@@ -219,7 +239,7 @@ NO_TSAN inline void run_block(int block, int blocks, int threads, size_t shared_
       if (fiber.state == State::done) --running;
     }
     if (!moved) {
-      std::fprintf(stderr, "host shim: block %d hangs: threads wait at different barriers\n", block);
+      std::fprintf(stderr, "host shim: block %d hangs: threads wait at different barriers\n", first);
       std::abort();
     }
   }
@@ -227,16 +247,16 @@ NO_TSAN inline void run_block(int block, int blocks, int threads, size_t shared_
   __tsan_acquire(&m.end);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(shared.get() + shared_bytes, rounded - shared_bytes);
+  for (Block& block : m.resident)
+    __asan_unpoison_memory_region(block.shared.get() + shared_bytes, room_for(shared_bytes) - shared_bytes);
 #endif
 }
 
 /// Runs `act(slots)` once when all 32 lanes have arrived with their slot; the last to arrive runs it.
 template <class Act>
 NO_TSAN inline void warp_collective(void* slot, Act act) {
-  Machine& m = machine();
-  Fiber* self = m.current;
-  Warp& warp = m.warps[self->thread / 32];
+  Fiber* self = machine().current;
+  Warp& warp = self->block->warps[self->thread / 32];
   warp.slots[self->thread % 32] = slot;
   if (++warp.arrived < 32) {
     self->state = State::at_warp;
@@ -246,7 +266,7 @@ NO_TSAN inline void warp_collective(void* slot, Act act) {
   warp.arrived = 0;
   act(warp.slots);
   const int first = self->thread / 32 * 32;
-  for (int t = first; t < first + 32; ++t) m.fibers[t]->state = State::ready;
+  for (int t = first; t < first + 32; ++t) self->block->fibers[t]->state = State::ready;
 }
 
 }  // namespace shim
@@ -256,24 +276,45 @@ namespace vqsa::codebook {
 NO_TSAN inline shim::Fiber& this_fiber() { return *shim::machine().current; }
 NO_TSAN inline int thread_index() { return shim::machine().current->thread; }
 NO_TSAN inline int thread_count() { return shim::machine().threads; }
-NO_TSAN inline int block_index() { return shim::machine().block; }
+NO_TSAN inline int block_index() { return this_fiber().block->number; }
 NO_TSAN inline int block_count() { return shim::machine().blocks; }
-NO_TSAN inline unsigned char* shared_memory() { return shim::machine().shared; }
+NO_TSAN inline unsigned char* shared_memory() { return this_fiber().block->shared.get(); }
 
 NO_TSAN inline void block_sync() {
+  shim::Fiber* self = shim::machine().current;
+  shim::Block* block = self->block;
+#if defined(__SANITIZE_THREAD__)
+  char* sync = block->sync.now();
+  __tsan_release(sync);
+#endif
+  if (++block->arrived < thread_count()) {
+    self->state = shim::State::at_block;
+    shim::to_scheduler();
+  } else {
+    block->arrived = 0;
+    ++block->sync.round;
+    for (int t = 0; t < thread_count(); ++t) block->fibers[t]->state = shim::State::ready;
+  }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(sync);
+#endif
+}
+
+/// Waits for every thread of a launch whose blocks run side by side.
+NO_TSAN inline void grid_sync() {
   shim::Machine& m = shim::machine();
-  shim::Fiber* self = m.current;
 #if defined(__SANITIZE_THREAD__)
   char* sync = m.sync.now();
   __tsan_release(sync);
 #endif
-  if (++m.arrived < m.threads) {
-    self->state = shim::State::at_block;
+  const int all = m.blocks * m.threads;
+  if (++m.arrived < all) {
+    m.current->state = shim::State::at_grid;
     shim::to_scheduler();
   } else {
     m.arrived = 0;
     ++m.sync.round;
-    for (int t = 0; t < m.threads; ++t) m.fibers[t]->state = shim::State::ready;
+    for (int t = 0; t < all; ++t) m.fibers[t]->state = shim::State::ready;
   }
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(sync);
@@ -282,10 +323,10 @@ NO_TSAN inline void block_sync() {
 
 NO_TSAN inline void warp_sync() {
 #if defined(__SANITIZE_THREAD__)
-  char* sync = shim::machine().warps[thread_index() / 32].sync.now();
+  char* sync = this_fiber().block->warps[thread_index() / 32].sync.now();
   __tsan_release(sync);
 #endif
-  shim::Rounds* rounds = &shim::machine().warps[thread_index() / 32].sync;
+  shim::Rounds* rounds = &this_fiber().block->warps[thread_index() / 32].sync;
   shim::warp_collective(nullptr, [rounds](void**) NO_TSAN { ++rounds->round; });
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(sync);
