@@ -100,7 +100,13 @@ def launches(shim: Kernels) -> tuple[int, int]:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("tile", TILES)
 def test_few_features_are_converted_in_the_launch_of_the_search(
-    shim: Kernels, tile: str, metric: str, n: int, k: int, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
+    shim: Kernels,
+    tile: str,
+    metric: str,
+    n: int,
+    k: int,
+    multiprocessors: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """More features than blocks and fewer, more blocks than code tiles and fewer: exact, and one launch less."""
     monkeypatch.setenv("VQSA_SHIM_MULTIPROCESSORS", multiprocessors)
