@@ -150,6 +150,9 @@ def test_of_two_of_a_step_the_final_one_wins(tmp_path: Path) -> None:
     sound = checkpoint.newest_sound(tmp_path)
     assert sound is not None
     assert sound.path == aside
+    writer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+    checkpoint.verify(checkpoint.read(final))
 
 
 def test_one_moved_aside_whose_successor_never_came_is_put_back(tmp_path: Path) -> None:

@@ -175,10 +175,7 @@ class Writer:
             for left in folder.glob("step_*.tmp"):  # of a run that was killed while it wrote
                 shutil.rmtree(left, ignore_errors=True)
             for left in folder.glob(f"step_*{_REPLACED}"):
-                if left.with_suffix("").exists():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.rename(left.with_suffix(""))
+                _keep_one(left, left.with_suffix(""))
 
     def save(self, files: Files, step: int, *, best: int, last: bool) -> bool:
         """Write a checkpoint; called on every process.
@@ -252,6 +249,27 @@ class Writer:
         for old in complete(self._folder)[: -self._keep]:
             if old.step != best and old.path.resolve() != kept:
                 shutil.rmtree(old.path)
+
+
+def _keep_one(aside: Path, final: Path) -> None:
+    """Keep the checkpoint that took the place of one moved aside, unless it is damaged and the other is whole.
+
+    Then the run goes on from the other.
+    """
+    if final.exists() and (_whole(final) or not _whole(aside)):
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+
+
+def _whole(path: Path) -> bool:
+    try:
+        verify(read(path))
+    except (ValueError, OSError) as error:
+        log.warning("%s: %s", path.name, error)
+        return False
+    return True
 
 
 def _link(folder: Path, step: int) -> None:
