@@ -209,12 +209,15 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
         for name, impl in (("ours: search, mma.sync", "cuda"), ("ours: search, Hopper variant", "hopper")):
             found[name] = partial(nearest_code, z_ND, codes_KD, impl=impl, prepared=prepared)
     fused = kernels_for(z_ND, "auto")
-    if fused is not None and len(z_ND) <= 128:
+    if fused is not None:
         ready = fused.prepare(codes_KD, False)
-        for name, tile in (("in one launch", TILE_AUTO), ("in a launch of its own", TILE_AUTO + APART)):
-            found[f"ours: mma.sync, converted {name}"] = partial(
-                fused.search, z_ND, codes_KD, False, ready, tile=tile
-            )
+        before = fused.together()
+        fused.search(z_ND, codes_KD, False, ready)
+        if fused.together() > before:
+            for name, tile in (("in one launch", TILE_AUTO), ("in a launch of its own", TILE_AUTO + APART)):
+                found[f"ours: mma.sync, converted {name}"] = partial(
+                    fused.search, z_ND, codes_KD, False, ready, tile=tile
+                )
     return found | installed_methods(z_ND, codes_KD)
 
 

@@ -19,7 +19,7 @@ TILE_AUTO, TILE_WIDE, TILE_NARROW, TILE_HOPPER, TILE_ANY = 0, 1, 2, 3, 4
 """VqsaTile of csrc/codebook.h."""
 
 APART = 8
-"""Added to a tile: features are converted in a launch of their own even where they are few."""
+"""Added to a tile: features are converted in a launch of their own even where they are few (VQSA_APART)."""
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
@@ -44,7 +44,7 @@ class Kernels:
     """One build of the kernels: for "cuda" tensors, or, in the tests, for "cpu" ones."""
 
     def __init__(self, path: Path, device_type: str = "cuda") -> None:
-        self.path, self.device_type = path, device_type
+        self.device_type = device_type
         lib = ctypes.CDLL(str(path))
         i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
         lib.vqsa_codebook_last_error.restype = ctypes.c_char_p
@@ -79,6 +79,7 @@ class Kernels:
         self._lib = lib
         self._capabilities: dict[torch.device, int] = {}
         self.max_dim: int = lib.vqsa_codebook_max_dim()
+        lib.vqsa_codebook_together.restype = i64
 
     def _check(self, status: int) -> None:
         if status != 0:
@@ -93,6 +94,11 @@ class Kernels:
                 self._check(self._lib.vqsa_codebook_capability(ctypes.byref(found)))
             self._capabilities[device] = found.value
         return self._capabilities[device]
+
+    def together(self) -> int:
+        """Searches of this process so far that converted their features in the launch of the search."""
+        count: int = self._lib.vqsa_codebook_together()
+        return count
 
     def prepared_bytes(self, codes: int, dim: int, cosine: bool) -> int:
         """Bytes that a prepared codebook takes."""
@@ -125,8 +131,8 @@ class Kernels:
         codes, dim = codes_KD.shape
         if prepared is None:
             prepared = codes_KD.new_empty(self.prepared_bytes(codes, dim, cosine), dtype=torch.uint8)
-        workspace = codes_KD.new_empty(self.workspace_bytes(1, codes, dim, cosine), dtype=torch.uint8)
         with _device(codes_KD.device):
+            workspace = codes_KD.new_empty(self.workspace_bytes(1, codes, dim, cosine), dtype=torch.uint8)
             self._check(
                 self._lib.vqsa_codebook_prepare(
                     codes_KD.data_ptr(), _TYPES[codes_KD.dtype], codes, dim, cosine,
@@ -163,8 +169,10 @@ class Kernels:
             z_ND.new_empty(count if gather else 0, dim, dtype=torch.float32),
             z_ND.new_empty(count if gather else 0, dtype=torch.float64),
         )
-        workspace = z_ND.new_empty(self.workspace_bytes(count, codes, dim, cosine, tile), dtype=torch.uint8)
         with _device(z_ND.device):
+            # Of the device that searches: its multiprocessors decide how much is needed.
+            size = self.workspace_bytes(count, codes, dim, cosine, tile)
+            workspace = z_ND.new_empty(size, dtype=torch.uint8)
             self._check(
                 self._lib.vqsa_codebook_search(
                     z_ND.data_ptr(), _TYPES[z_ND.dtype], count, codes_KD.data_ptr(), _TYPES[codes_KD.dtype],

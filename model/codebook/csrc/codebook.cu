@@ -2,6 +2,7 @@
 #include "codebook.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <string>
 
@@ -14,6 +15,7 @@ namespace vqsa::codebook {
 namespace {
 
 thread_local std::string last_error;
+std::atomic<int64_t> searched_together{0};
 
 using Large = Tile<256, 2, 4>;
 using LargeShort = Tile<256, 2, 3>;  // for 99 KB of shared memory (sm_86, sm_89)
@@ -135,7 +137,7 @@ int64_t centre_scratch_bytes(int32_t dim) {
          round_up(divide_up(dim, kRowThreads) * kCentreChunks * 4, 256);
 }
 
-/// A tile of features in the caller's matrix, and what is needed to search for them.
+/// Features of the caller's matrix that are searched for at once, and what that needs.
 struct Task {
   Rows z;
   int64_t first;
@@ -155,14 +157,17 @@ const char* convert(const Task& task, Stream stream) {
 template <class T>
 const char* convert_and_search(const Task& task, const Device& device, Stream stream) {
   const Plan& plan = task.plan;
-  if (plan.together) {
-    const int blocks = std::max(plan.splits, std::min(task.rows, device.multiprocessors));
+  // Features that had to wait for a block would cost more than a launch.
+  if (plan.together && task.rows <= device.multiprocessors) {
+    const int blocks = std::max(plan.splits, task.rows);
     // Half of L2, or what is asked for first is pushed out by what is asked for last.
     const int ahead = std::min(kAheadBytes, device.l2_bytes / 2 / plan.splits);
     const char* why = nullptr;
     if (launch_together(why, convert_and_search_codes<T>, blocks, kSweepThreads, search_bytes<T>(), stream, task.z,
-                        task.first, task.prepared, task.work, task.cosine, task.rows, task.codes, plan.splits, ahead))
+                        task.first, task.prepared, task.work, task.cosine, task.rows, task.codes, plan.splits, ahead)) {
+      searched_together += why == nullptr;
       return why;
+    }
   }
   if (const char* why = convert(task, stream)) return why;
   return launch(search_codes<T>, static_cast<int>(divide_up(task.rows, kRowTile)) * plan.splits, kSweepThreads,
@@ -224,6 +229,8 @@ using namespace vqsa::codebook;
 const char* vqsa_codebook_last_error() { return last_error.c_str(); }
 
 int64_t vqsa_codebook_max_dim() { return kMaxDim; }
+
+int64_t vqsa_codebook_together() { return searched_together; }
 
 int vqsa_codebook_capability(int32_t* capability) {
   Device found;

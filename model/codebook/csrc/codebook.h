@@ -14,6 +14,9 @@ VQSA_API const char* vqsa_codebook_last_error();
 /// Dimensions that the kernels can take: 1 to this.
 VQSA_API int64_t vqsa_codebook_max_dim();
 
+/// Searches of this process so far that converted their features in the launch of the search.
+VQSA_API int64_t vqsa_codebook_together();
+
 /// Compute capability of the current device, 90 for 9.0.
 VQSA_API int vqsa_codebook_capability(int32_t* capability);
 

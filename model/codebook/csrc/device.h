@@ -213,29 +213,44 @@ VQ_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2
 VQ_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 VQ_DEVICE float bits_float(uint32_t word) { return __uint_as_float(word); }
 
+/// What an error says, or null; it is taken from the runtime, so that no later call finds it.
+inline const char* said(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <class... P>
 const char* allow_shared(void (*kernel)(P...), size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return nullptr;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared_bytes));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return said(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
 }
 
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream stream, A... arguments) {
   if (const char* why = allow_shared(kernel, shared_bytes)) return why;
   kernel<<<blocks, threads, shared_bytes, stream>>>(static_cast<P>(arguments)...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return said(cudaGetLastError());
 }
 
 /// A launch whose blocks all run at the same time, so that they can wait for each other. False, with nothing queued,
-/// where they cannot (a part of the device may be lent to others); true with `why` set on any other error.
+/// where that is not certain: a part of the device may be lent to others, and of a graph that is being captured
+/// nothing says where it will run. True with `why` set on an error.
 template <class... P, class... A>
 bool launch_together(const char*& why, void (*kernel)(P...), int blocks, int threads, size_t shared_bytes,
                      Stream stream, A... arguments) {
-  why = allow_shared(kernel, shared_bytes);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  int number = 0, multiprocessors = 0, resident = 0;
+  why = said(cudaStreamIsCapturing(stream, &capture));
   if (why != nullptr) return true;
+  if (capture != cudaStreamCaptureStatusNone) return false;
+  why = allow_shared(kernel, shared_bytes);
+  if (why == nullptr) why = said(cudaGetDevice(&number));
+  if (why == nullptr) why = said(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number));
+  if (why == nullptr)
+    why = said(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes));
+  if (why != nullptr) return true;
+  if (resident * multiprocessors < blocks) return false;
   cudaLaunchAttribute together = {};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
@@ -247,12 +262,10 @@ bool launch_together(const char*& why, void (*kernel)(P...), int blocks, int thr
   config.attrs = &together;
   config.numAttrs = 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
-  if (error == cudaErrorCooperativeLaunchTooLarge) {
-    cudaGetLastError();  // forget it
-    return false;
-  }
-  if (error != cudaSuccess) why = cudaGetErrorString(error);
-  return true;
+  why = said(error);
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return true;
+  why = nullptr;
+  return false;
 }
 
 /// What the choice of tiles depends on.
@@ -274,7 +287,7 @@ inline const char* device(Device& out) {
   ask(together, cudaDevAttrCooperativeLaunch);
   out.capability = major * 10 + minor;
   out.together = together != 0;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return said(error);
 }
 
 /// Describes a half matrix (rows, pitch) that is loaded in boxes of 64 columns and `box_rows` rows.
@@ -285,7 +298,7 @@ inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows
     cudaDriverEntryPointQueryResult status;
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) return said(error);
     if (status != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
     encode = reinterpret_cast<decltype(encode)>(found);
   }

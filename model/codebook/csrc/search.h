@@ -165,7 +165,8 @@ VQ_DEVICE void search_tile(const Workspace& work, const Prepared& prepared, int 
 }
 
 template <class T>
-VQ_KERNEL(kSweepThreads) search_codes(Workspace work, Prepared prepared, int row_count, int64_t code_count, int splits) {
+VQ_KERNEL(kSweepThreads)
+search_codes(Workspace work, Prepared prepared, int row_count, int64_t code_count, int splits) {
   search_tile<T>(work, prepared, row_count, code_count, splits);
 }
 

@@ -1,7 +1,7 @@
 // Copies that complete later: cp.async in groups, TMA with its memory barriers.
 //
 // VQSA_SHIM_FAULT plants what a device might do wrong, for tests: "lost", the bytes of some TMA loads never arrive;
-// "swizzle", TMA leaves the pieces of a row in their places.
+// "swizzle", TMA leaves the pieces of a row in their places; "alone", blocks cannot run side by side.
 #pragma once
 
 #include "threads.h"
@@ -10,6 +10,9 @@ namespace vqsa::codebook {
 
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   std::memset(shared, 0xFF, 16);
+#if defined(__SANITIZE_THREAD__)
+  if (valid) __tsan_read16(const_cast<void*>(global));  // now or later: what it reads must stand there already
+#endif
   this_fiber().groups.back().push_back({shared, global, valid});
 }
 inline void copy_async_commit() { this_fiber().groups.emplace_back(); }

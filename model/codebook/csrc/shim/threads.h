@@ -115,7 +115,7 @@ struct Machine {
   std::vector<Block> resident;  // those that run side by side
   Fiber* current = nullptr;
   void* scheduler = nullptr;
-  int threads = 0, blocks = 0, arrived = 0, launches[2] = {0, 0};
+  int threads = 0, blocks = 0, arrived = 0;
   char start = 0, end = 0;
   Rounds sync;  // of the grid
   std::function<void()> body;
@@ -239,7 +239,7 @@ NO_TSAN inline void run_blocks(int first, int count, int blocks, int threads, si
       if (fiber.state == State::done) --running;
     }
     if (!moved) {
-      std::fprintf(stderr, "host shim: block %d hangs: threads wait at different barriers\n", first);
+      std::fprintf(stderr, "host shim: block %d or one beside it hangs: threads wait at different barriers\n", first);
       std::abort();
     }
   }
@@ -303,6 +303,10 @@ NO_TSAN inline void block_sync() {
 /// Waits for every thread of a launch whose blocks run side by side.
 NO_TSAN inline void grid_sync() {
   shim::Machine& m = shim::machine();
+  if (static_cast<int>(m.resident.size()) != m.blocks) {
+    std::fprintf(stderr, "host shim: blocks of an ordinary launch wait for each other\n");
+    std::abort();
+  }
 #if defined(__SANITIZE_THREAD__)
   char* sync = m.sync.now();
   __tsan_release(sync);
