@@ -38,7 +38,7 @@ from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
 from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
 from tools.runtime.monitor import Best, validate
 from tools.runtime.optim import learning_rate, make_optimizer, set_learning_rate
-from tools.runtime.resume import Progress, check_agreement, starting_point
+from tools.runtime.resume import Progress, changes, check_agreement, starting_point
 from tools.runtime.state import TrainingState
 from tools.runtime.step import learning_mode, train_step
 from tools.runtime.trackers import Trackers
@@ -55,6 +55,10 @@ class TrainCommand(RunConfig):
     """"auto": go on from the newest whole checkpoint in `out`, or start there if it has none. A path: go on
     from that checkpoint. "no": start; refuses a folder that already has checkpoints."""
 
+    allow_changes: bool = False
+    """Go on though the length of the run, its learning rates, clip_norm, precision or compile are not the
+    checkpoint's: what follows is no longer the run that the checkpoint is of."""
+
     dry_run: bool = False
     """Check everything, print the resolved configuration and the length of the run, and stop."""
 
@@ -64,7 +68,7 @@ class TrainCommand(RunConfig):
 
 def train(command: TrainCommand) -> int:
     """Run or continue a training; returns the exit code."""
-    settings = command.model_dump(exclude={"recipe", "resume", "dry_run", "profile"})
+    settings = command.model_dump(exclude={"recipe", "resume", "allow_changes", "dry_run", "profile"})
     config = validated(RunConfig, settings, "command line")
     store = join([shards.open(path) for path in (config.data, *config.extra)])
     val_store = shards.open(config.val) if config.val is not None else None
@@ -73,7 +77,7 @@ def train(command: TrainCommand) -> int:
             f"{config.val} and {config.data} have different class lists; build both from the same classes"
         )
     config.total_steps(len(store))  # refuses a run without a length before anything is set up
-    start = starting_point(command.resume, config, store.classes)
+    start = starting_point(command.resume, config, store.classes, allow_changes=command.allow_changes)
     accelerator = make_accelerator(config)
     if accelerator.is_main_process and not command.dry_run:
         forget_status(config.out)
@@ -153,6 +157,8 @@ def run(
         state.restore(start.path)
         progress.unvalidated = progress.unvalidated and val_store is not None
         say(f"resumed after step {progress.step} from {start.path}")
+        for name, change in changes(start, config).items():
+            say(f"  changed: {name}: {change}")
     else:
         learning_mode(accelerator.unwrap_model(net), config)
         start_codebook(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from model.vqsa import VQSA
 WEIGHTS_FILE = "model.safetensors"
 
 
+_STEP = re.compile(r"step_(\d+)(\.replaced)?")
+
+
 def load(path: str | Path, trunk: nn.Module | None = None) -> VQSA:
     """Open a trained model in evaluation mode, on the CPU. Nothing in the files is executed.
 
     Args:
-        path: a checkpoint folder (run.json, model.safetensors), a run folder (its newest whole checkpoint is
+        path: a checkpoint folder (run.json, model.safetensors), a run folder (its newest checkpoint is
             taken), or an exported folder (config.json, model.safetensors).
         trunk: for a model that was built with a trunk of one's own: a module of the same kind; its tensors are
             replaced.
@@ -66,10 +70,10 @@ def load(path: str | Path, trunk: nn.Module | None = None) -> VQSA:
 
 
 def _folder(path: Path) -> Path:
-    # A checkpoint that is still being written ends in .tmp and is not looked at.
-    steps = [p for p in (path / "checkpoints").glob("step_*") if p.suffix != ".tmp"]
-    by_step = sorted(steps, key=lambda p: int(p.name.removeprefix("step_")))
-    for folder in (path, *reversed(by_step)):
+    # One that is still being written ends in .tmp; one that another of its step takes the place of in .replaced.
+    named = ((_STEP.fullmatch(p.name), p) for p in (path / "checkpoints").glob("step_*"))
+    by_step = sorted((int(found[1]), not found[2], p) for found, p in named if found)
+    for folder in (path, *(p for *_, p in reversed(by_step))):
         described = (folder / "run.json").is_file() or (folder / "config.json").is_file()
         if described and (folder / WEIGHTS_FILE).is_file():
             return folder

@@ -85,12 +85,19 @@ def test_load_and_export_give_the_models_logits(variant: str, tmp_path: Path) ->
         export(ExportCommand(checkpoint=tmp_path, out=tmp_path / "out"))
 
 
-def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_run_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
     _run(tmp_path, VARIANTS["none"], step=999_999)
     newest = _run(tmp_path, VARIANTS["none"], step=1_000_000)
     for name in ("step_1000001.tmp", "step_1000002"):
         (tmp_path / "checkpoints" / name).mkdir()
     with torch.no_grad():
+        assert torch.equal(model.load(tmp_path)(_images()), newest(_images()))
+        # A run killed between its last two renames: the one moved aside is all there is of its step.
+        last = _run(tmp_path, VARIANTS["none"], step=1_000_003)
+        folder = tmp_path / "checkpoints"
+        (folder / "step_1000003").rename(folder / "step_1000003.replaced")
+        assert torch.equal(model.load(tmp_path)(_images()), last(_images()))
+        shutil.copytree(folder / "step_1000000", folder / "step_1000003")
         assert torch.equal(model.load(tmp_path)(_images()), newest(_images()))
 
 

@@ -166,6 +166,28 @@ def test_a_checkpoint_of_another_configuration_is_refused(undisturbed: Path, pic
         )
 
 
+def test_length_and_rates_may_change_where_that_is_said(
+    undisturbed: Path, picture_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same steps as the run that was so from the start would make from that checkpoint's state."""
+    longer = ("--resume", "auto", "--steps", "14", "--optim.lr", "1e-5", "--optim.clip-norm", "0.5")
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    with pytest.raises(ValueError, match=r"optim.lr: .* -> 1e-05; steps: 12 -> 14\); .* say --allow-changes"):
+        run_here(*command(picture_shards, run, *longer))
+    with pytest.raises(ValueError, match=r"\(model.codes: 16 -> 17\); .* start a new run"):
+        run_here(*command(picture_shards, run, *longer, "--allow-changes", "--model.codes", "17"))
+    assert run_here(*command(picture_shards, run, *longer, "--allow-changes")) == 0
+    said = capsys.readouterr().out
+    assert "changed: steps: 12 -> 14" in said
+    assert "changed: optim.clip_norm: None -> 0.5" in said
+    (record,) = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] == 14 and "lr" in r]
+    assert 0 < record["lr"] <= 1e-5
+    assert not same(weights(run), weights(undisturbed))
+    newest = checkpoint.newest(run)
+    assert (newest.step, newest.config["optim"]["lr"]) == (14, 1e-5)
+
+
 def test_a_finished_run_has_nothing_left_to_do(
     undisturbed: Path, picture_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,12 +229,8 @@ def test_shard_sets_may_move(
 
 
 def test_settings_that_change_nothing_may_differ_on_resume() -> None:
-    assert (
-        differences(
-            {"log_every": 1, "pipeline": {"threads": 2}}, {"log_every": 5, "pipeline": {"threads": 8}}
-        )
-        == []
-    )
+    was, now = ({"log_every": n, "pipeline": {"threads": 2 * n}} for n in (1, 5))
+    assert differences(was, now) == {}
 
 
 def test_fewer_samples_than_a_batch(picture_shards: Path, tmp_path: Path) -> None:

@@ -376,4 +376,4 @@ def test_settings_that_came_later_had_their_default() -> None:
 
     saved = validated(RunConfig, {"steps": 3}, "checkpoint").model_dump(mode="json")
     now = RunConfig(steps=3, optim={"clip_norm": 1.0}).model_dump(mode="json")  # type: ignore[arg-type]
-    assert differences(saved, now) == ["optim.clip_norm: None -> 1.0"]
+    assert differences(saved, now) == {"optim.clip_norm": "None -> 1.0"}

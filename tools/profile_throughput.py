@@ -54,8 +54,8 @@ class ProfileCommand(RunConfig):
     compare: tuple[Path, Path] | None = None
     """Two profile.json files: say what changed beyond the spread, and measure nothing."""
 
-    rate_only: Path | None = None
-    """Measure whole training steps only and write their rate to this file."""
+    rate_only: Annotated[Path | None, tyro.conf.Suppress] = None
+    """What --sweep ranks starts: measure whole training steps only and write their rate to this file."""
 
 
 def run_config(command: ProfileCommand) -> RunConfig:

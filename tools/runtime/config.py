@@ -181,6 +181,26 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+# What --allow-changes lets differ too: what is read from the configuration at every step, so that the state of a
+# checkpoint fits whatever it is.
+CHANGEABLE_ON_RESUME = frozenset(
+    {
+        "epochs",
+        "steps",
+        "precision",
+        "compile",
+        "optim.lr",
+        "optim.schedule",
+        "optim.warmup_epochs",
+        "optim.drop_epochs",
+        "optim.drop_factor",
+        "optim.min_lr",
+        "optim.update",
+        "optim.clip_norm",
+    }
+)
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one level with dotted names."""
     flat: dict[str, Any] = {}
@@ -192,14 +212,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting that differs and may not: "name: saved -> current"."""
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Return each setting that differs and changes what is computed, with "saved -> current"."""
     a, b = flatten(saved), flatten(current)
-    return [
-        f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}"
+    return {
+        name: f"{a.get(name, 'absent')} -> {b.get(name, 'absent')}"
         for name in sorted(a.keys() | b.keys())
         if name not in FREE_ON_RESUME and a.get(name) != b.get(name)
-    ]
+    }
 
 
 def _names(config_type: type[BaseModel], prefix: str = "") -> list[str]:

@@ -119,5 +119,6 @@ def not_finite(
     culprits = [words for _, named, words in said if named] or [words for _, _, words in said]
     return FloatingPointError(
         f"loss or gradients of step {step} are not finite: {'; '.join(culprits)}. Nothing was saved "
-        "since; go on from an older checkpoint with a lower learning rate, optim.clip_norm or another precision"
+        "since; --resume auto meets this step again: give it --allow-changes with a lower optim.lr, an "
+        "optim.clip_norm or another precision"
     )

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from tools.runtime import checkpoint
-from tools.runtime.config import RunConfig, differences, validated
+from tools.runtime.config import CHANGEABLE_ON_RESUME, RunConfig, differences, validated
 
 
 class Progress:
@@ -31,11 +31,14 @@ class Progress:
         self.unvalidated = bool(state.get("unvalidated", False))
 
 
-def starting_point(resume: str, config: RunConfig, classes: list[str]) -> checkpoint.Checkpoint | None:
+def starting_point(
+    resume: str, config: RunConfig, classes: list[str], *, allow_changes: bool = False
+) -> checkpoint.Checkpoint | None:
     """Return the checkpoint to go on from, or None to start.
 
     Args:
         resume: "no", "auto" or a path, see TrainCommand.resume.
+        allow_changes: whether the settings of CHANGEABLE_ON_RESUME may differ from the checkpoint's.
 
     Raises:
         ValueError: the folder holds another run, or the checkpoint is of other settings or classes, or damaged.
@@ -68,15 +71,22 @@ def starting_point(resume: str, config: RunConfig, classes: list[str]) -> checkp
             raise ValueError(
                 f"{config.data} has other classes than {start.path} was trained on; resume on its data"
             )
-        # A setting that came after the checkpoint had its default.
-        saved = validated(RunConfig, start.config, str(start.path)).model_dump(mode="json")
-        changed = differences(saved, config.model_dump(mode="json"))
-        if changed:
-            raise ValueError(
-                f"{start.path} was made with another configuration ({'; '.join(changed)}); go on with the same "
-                "settings, or start a new run in another --out"
-            )
+        changed = changes(start, config)
+        refused = changed.keys() - (CHANGEABLE_ON_RESUME if allow_changes else set())
+        if refused:
+            advice = "go on with the same settings, or start a new run in another --out"
+            if refused <= CHANGEABLE_ON_RESUME:
+                advice = "go on with the same settings, or say --allow-changes"
+            words = "; ".join(f"{name}: {changed[name]}" for name in sorted(refused))
+            raise ValueError(f"{start.path} was made with another configuration ({words}); {advice}")
     return start
+
+
+def changes(start: checkpoint.Checkpoint, config: RunConfig) -> dict[str, str]:
+    """Return the settings that differ from the checkpoint's and change what is computed, "saved -> now" by name."""
+    # A setting that came after the checkpoint had its default.
+    saved = validated(RunConfig, start.config, str(start.path)).model_dump(mode="json")
+    return differences(saved, config.model_dump(mode="json"))
 
 
 Found = tuple[int, str, str] | None
