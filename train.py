@@ -117,8 +117,8 @@ def run(
         device_id=loader_device_id(accelerator.device),
     )
     opened.callback(loader.close)
-    net = as_configured(model.build(config.model, len(store.classes)), config)
-    optimizer: Any = make_optimizer(config.optim, net)
+    net = as_configured(model.build(config.model, len(store.classes)), config).to(accelerator.device)
+    optimizer: Any = make_optimizer(config.optim, net, scaled=accelerator.scaler is not None)
     bar = tqdm(total=total, disable=not (main and sys.stderr.isatty()), unit="step", dynamic_ncols=True)
     opened.callback(bar.close)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.codebook.quantize import usage_of
-from model.codebook.segment_sum import segment_sum
+from model.codebook.segment_sum import segment_sum_dense
 
 _COLUMNS = 256  # dimensions summed at a time: bounds the float64 copies
 
@@ -88,8 +88,8 @@ class GlobalBatch:
         step = torch.ldexp(torch.ones_like(most, dtype=torch.float64), exponent)
         sum_KD = torch.zeros(codes, dim, dtype=torch.float64, device=most.device)
         for columns in blocks:
-            touched_T, sum_TC = segment_sum((self._finite(columns).double() / step).round_(), index_N, codes)
-            sum_KD[touched_T, columns] = sum_TC
+            in_steps_NC = (self._finite(columns).double() / step).round_()
+            sum_KD[:, columns] = segment_sum_dense(in_steps_NC, index_N, codes)
         return self.reduced(sum_KD).mul_(step)
 
     def _finite(self, columns: slice) -> Tensor:

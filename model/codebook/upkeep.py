@@ -117,7 +117,7 @@ class Upkeep(nn.Module):
 
     def _revive(self, codes_KD: Tensor, batch: GlobalBatch) -> None:
         """Replace unused codes by features of the batch, drawn without replacement; where there are fewer
-        features than such codes, the last codes wait for the next time."""
+        features than such codes, the last codes wait for the next time. Waits for the device."""
         unused_M = (self.recent_K == 0).nonzero()[:, 0]
         generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
         order_G = torch.randperm(batch.total, generator=generator).to(codes_KD.device)

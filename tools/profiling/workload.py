@@ -123,8 +123,8 @@ class Workload:
         set_seed(0)
         self.loader = self.make_loader(config)
         self.batch = self.loader.batch_per_rank
-        net = as_configured(model.build(config.model, len(store.classes)), config)
-        optimizer: Any = make_optimizer(config.optim, net)
+        net = as_configured(model.build(config.model, len(store.classes)), config).to(accelerator.device)
+        optimizer: Any = make_optimizer(config.optim, net, scaled=accelerator.scaler is not None)
         self.gradient_numbers = sum(p.numel() for p in net.parameters() if p.requires_grad)
         self.net, self.optimizer = accelerator.prepare(net, optimizer)
         inner: Any = accelerator.unwrap_model(self.net)

@@ -67,8 +67,8 @@ class Meter:
     def _totals(self) -> dict[str, float]:
         """Sums over all processes, by name; waits for the device."""
         values = {**self._sums, "counts": self._counts, "norm": self._norm}
-        plain = self._zero(3, torch.float64)
-        plain += torch.tensor([self._parts, self._steps, self._images_timed], dtype=torch.float64)
+        plain = torch.tensor([self._parts, self._steps, self._images_timed], dtype=torch.float64)
+        plain = plain.to(self._accelerator.device)
         packed = torch.cat([*(value.double() for value in values.values()), plain])
         numbers = self._accelerator.reduce(packed, "sum").tolist()
         names = [*self._sums, "hits", "images", "norm", "parts", "steps", "timed"]

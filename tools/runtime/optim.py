@@ -61,7 +61,7 @@ class OptimConfig(BaseModel):
     """Keep the trunk's weights and statistics as they are; train codebook, attention and head."""
 
     fused: bool | None = None
-    """torch's fused optimiser. Unset: on GPUs only."""
+    """torch's fused optimiser. Unset: on GPUs, but not with fp16, since it does not tell which steps it skipped."""
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> OptimConfig:
@@ -92,13 +92,18 @@ def parameter_groups(config: OptimConfig, net: nn.Module) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(config: OptimConfig, net: nn.Module) -> Optimizer:
-    """Return the optimiser of the parameters that learn; `set_learning_rate` sets its rate before every step."""
+def make_optimizer(config: OptimConfig, net: nn.Module, *, scaled: bool = False) -> Optimizer:
+    """Return the optimiser of the parameters that learn; `set_learning_rate` sets its rate before every step.
+
+    Args:
+        net: the model on its device.
+        scaled: whether losses are scaled (fp16), so that steps may be skipped.
+    """
     groups = parameter_groups(config, net)
     fused = config.fused
     if fused is None:
         # On the CPU the plain one; the fused one rounds differently.
-        fused = all(p.is_cuda for group in groups for p in group["params"])
+        fused = not scaled and all(p.is_cuda for group in groups for p in group["params"])
     # A tensor learning rate would be needed under torch.compile only; a float keeps CPU steps bit-exact.
     if config.name == "sgd":
         return SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
