@@ -181,7 +181,8 @@ def corrupt(
             result depends on the image, kind, severity and key only: not on the batch, the image's
             place in it, threads or device.
         flavour: "hendrycks" as ImageNet-C was made, "bethge" as PyPI imagecorruptions does it; they
-            differ in frost, elastic_transform and snow.
+            differ in frost, elastic_transform and snow; at other sizes than 224 px pixelate and
+            motion_blur may differ too.
         constants: "imagenet", "tiny_imagenet" or "cifar10"; "auto" takes the set of the image's
             size, tiny_imagenet for 64 x 64, cifar10 for 32 x 32, imagenet otherwise.
 
