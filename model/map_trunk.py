@@ -95,7 +95,7 @@ class TimmTrunk(MapTrunk):
         try:
             import timm
         except ImportError:
-            raise ValueError(f"trunk {name!r} needs timm: pip install 'vqsa[timm]'") from None
+            raise ValueError(f"trunk {name!r} needs timm: pip install -e '.[timm]' in the checkout") from None
         wanted = name.removeprefix(TIMM)
         if not timm.is_model(wanted):
             close = difflib.get_close_matches(wanted.split(".")[0], timm.list_models(), n=3)

@@ -152,7 +152,7 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"needs timm: pip install 'vqsa\[timm\]'"):
+    with pytest.raises(ValueError, match=r"needs timm: pip install -e '\.\[timm\]' in the checkout"):
         build(_config("timm:resnet18"), 5)
 
 
@@ -162,7 +162,7 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     [("test_resnet", 96), ("test_vit", 64), ("mobilenetv3_small_050", 288), ("test_convnext", 64)],
 )
 def test_timm_models(name: str, dim: int) -> None:
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'vqsa[timm]'")
+    pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[timm]'")
     net = build(_config(f"timm:{name}"), 5)
     assert net.trunk.dim == dim
     _learns(net, 160 if name == "test_vit" else 64)
@@ -172,7 +172,7 @@ def test_timm_models(name: str, dim: int) -> None:
 
 
 def test_timms_channels_last_trunk() -> None:
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'vqsa[timm]'")
+    pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[timm]'")
     with torch.device("meta"):
         net = build(_config("timm:swin_tiny_patch4_window7_224"), 5)
         assert net.trunk(torch.zeros(2, 3, 224, 224)).shape == (2, 768, 7, 7)
@@ -180,7 +180,7 @@ def test_timms_channels_last_trunk() -> None:
 
 
 def test_timm_weights_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'vqsa[timm]'")
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[timm]'")
     torch.manual_seed(4)
     source = timm.create_model("test_convnext", num_classes=5)
     file = tmp_path / "weights.safetensors"
@@ -204,6 +204,6 @@ def test_timm_weights_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_timm_names_that_do_not_exist() -> None:
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'vqsa[timm]'")
+    pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[timm]'")
     with pytest.raises(ValueError, match=r"has no model 'resnot18'; did you mean timm:resnet18"):
         build(_config("timm:resnot18"), 5)
