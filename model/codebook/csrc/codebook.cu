@@ -24,6 +24,7 @@ using Small = Tile<64, 4, 4>;
 constexpr int64_t kShadowBytes = 32 << 20;  // features converted at a time
 constexpr size_t kFoldBytes = kFoldWidth * sizeof(double);
 constexpr size_t kScratchBytes = kFoldBytes;
+constexpr const char* kNotHopper = "the Hopper kernel needs a device of compute capability 9.0";
 
 int fail(const char* what, const char* why) {
   last_error = std::string(what) + ": " + why;
@@ -175,7 +176,7 @@ const char* convert_and_search(const Task& task, const Device& device, Stream st
 }
 
 const char* convert_and_search_hopper(const Task& task, const Device& device, Stream stream) {
-  if (device.capability != 90) return "the Hopper search needs a device of compute capability 9.0";
+  if (device.capability != 90) return kNotHopper;
   const Prepared& prepared = task.prepared;
   TensorMap features, codes;
   const char* why = tensor_map(features, task.work.shadow, task.rows, prepared.pitch, kRowTile);
@@ -343,11 +344,23 @@ int vqsa_codebook_products(const void* features, const int32_t* numbers, int32_t
   const int blocks = static_cast<int>(divide_up(rows, kRowTile));
   const uint16_t* left = static_cast<const uint16_t*>(features);
   const uint16_t* right = static_cast<const uint16_t*>(codes);
-  const char* why =
-      tile == VQSA_TILE_WIDE
-          ? launch(multiply<LargeShort>, blocks, kSweepThreads, LargeShort::kBytes + kRowTile * 4, stream, left,
-                         numbers, rows, right, code_count, pitch, products)
-                : launch(multiply<Small>, blocks, kSweepThreads, Small::kBytes + kRowTile * 4, stream, left, numbers,
-                         rows, right, code_count, pitch, products);
+  const char* why = nullptr;
+  if (tile == VQSA_TILE_HOPPER) {
+    Device found;
+    TensorMap feature_map, code_map;
+    why = device(found);
+    if (why == nullptr && found.capability != 90) why = kNotHopper;
+    if (why == nullptr) why = tensor_map(feature_map, left, rows, pitch, kRowTile);
+    if (why == nullptr) why = tensor_map(code_map, right, code_count, pitch, Hopper::kCodes);
+    if (why == nullptr)
+      why = launch(multiply_hopper, blocks, Hopper::kThreads, kHopperBytes, stream, feature_map, code_map, rows,
+                   code_count, pitch, products);
+  } else if (tile == VQSA_TILE_WIDE) {
+    why = launch(multiply<LargeShort>, blocks, kSweepThreads, LargeShort::kBytes + kRowTile * 4, stream, left, numbers,
+                 rows, right, code_count, pitch, products);
+  } else {
+    why = launch(multiply<Small>, blocks, kSweepThreads, Small::kBytes + kRowTile * 4, stream, left, numbers, rows,
+                 right, code_count, pitch, products);
+  }
   return why == nullptr ? 0 : fail("multiplying", why);
 }

@@ -63,6 +63,6 @@ VQSA_API int vqsa_codebook_segment_sum(const void* z, int32_t z_type, int64_t co
                                        int64_t slots, void* workspace, void* stream);
 
 /// For tests: float32 products (rows, codes) of float16 matrices (rows, pitch) and (codes, pitch), as the search
-/// accumulates them; pitch is a multiple of 32, tile is WIDE or NARROW. `numbers` holds 0, 1, … rows - 1.
+/// accumulates them; pitch is a multiple of 32, tile is WIDE, NARROW or HOPPER. `numbers` holds 0, 1, … rows - 1.
 VQSA_API int vqsa_codebook_products(const void* features, const int32_t* numbers, int32_t rows, const void* codes,
                                     int64_t code_count, int32_t pitch, int32_t tile, float* products, void* stream);

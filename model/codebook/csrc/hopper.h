@@ -55,6 +55,53 @@ VQ_DEVICE void hopper_load(const TensorMap& features, const TensorMap& codes, un
   }
 }
 
+/// Sets the barriers up; `own` is in shared memory, and a block_sync must follow.
+VQ_DEVICE void hopper_start(HopperLists& own) {
+  for (int stage = 0; stage < Hopper::kStages; ++stage) {
+    barrier_start(&own.full[stage], 1);
+    barrier_start(&own.empty[stage], Hopper::kMultiplyThreads / 32);
+  }
+  barrier_started();
+}
+
+/// Calls take(acc, first code) for every tile of codes in [first_tile, last_tile), on a warp that multiplies. False if
+/// it waited in vain: what it had then is not handed over.
+template <class Take>
+VQ_DEVICE bool hopper_multiply(const unsigned char* stages, HopperLists& own, int steps, int first_tile, int last_tile,
+                               const Take& take) {
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  float acc[Hopper::kCodes / 8][4];
+  int stage = 0;
+  uint32_t parity = 0;
+  bool sound = true;  // everything that this warp waited for has come
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    int before = -1;  // the stage that the products still in flight read
+    for (int step = 0; step < steps; ++step) {
+      if (sound) sound = warp_all(barrier_wait(&own.full[stage], parity));
+      const unsigned char* a = stages + stage * Hopper::kStageBytes + warp / 4 * (64 * Hopper::kDims * 2);
+      const unsigned char* b = stages + stage * Hopper::kStageBytes + Hopper::kFeatureBytes;
+      wgmma_begin();
+#pragma unroll
+      for (int k = 0; k < Hopper::kDims / 16; ++k) wgmma_64x256x16(acc, a, b, k, step > 0 || k > 0);
+      wgmma_commit();
+      if (before >= 0) {
+        wgmma_wait<1>(acc);
+        if (lane == 0 && sound) barrier_arrive(&own.empty[before]);
+      }
+      before = stage;
+      if (++stage == Hopper::kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    wgmma_wait<0>(acc);
+    if (!sound) continue;
+    if (lane == 0) barrier_arrive(&own.empty[before]);
+    take(acc, tile * Hopper::kCodes);
+  }
+  return sound;
+}
+
 /// Takes a tile's products in; limits are those of this thread's two features.
 VQ_DEVICE void hopper_take(const float (&acc)[Hopper::kCodes / 8][4], const Prepared& prepared, int64_t code_count,
                            int first_code, int row, const Feature (&feature)[2], float (&limit)[2], HopperLists& own) {
@@ -134,11 +181,7 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
   if (thread < kRowTile) own.count[thread] = 0;
   if (thread == 0) {
     own.skip = prepared.header->uncertain != 0 || atomic_read(work.stalled) != 0;
-    for (int stage = 0; stage < Hopper::kStages; ++stage) {
-      barrier_start(&own.full[stage], 1);
-      barrier_start(&own.empty[stage], Hopper::kMultiplyThreads / 32);
-    }
-    barrier_started();
+    hopper_start(own);
   }
   block_sync();
   if (own.skip != 0) {
@@ -162,35 +205,10 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
       feature[h] = there ? work.features[first_row + row + h * 8] : Feature{0, 0, 0, 0};
       limit[h] = there ? from_ordered(atomic_read(&work.limit[first_row + row + h * 8])) : bits_float(0xFF800000u);
     }
-    float acc[Hopper::kCodes / 8][4];
-    int stage = 0;
-    uint32_t parity = 0;
-    bool sound = true;  // everything that this warp waited for has come
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      int before = -1;  // the stage that the products still in flight read
-      for (int step = 0; step < steps; ++step) {
-        if (sound) sound = warp_all(barrier_wait(&own.full[stage], parity));
-        const unsigned char* a = stages + stage * Hopper::kStageBytes + warp / 4 * (64 * Hopper::kDims * 2);
-        const unsigned char* b = stages + stage * Hopper::kStageBytes + Hopper::kFeatureBytes;
-        wgmma_begin();
-#pragma unroll
-        for (int k = 0; k < Hopper::kDims / 16; ++k) wgmma_64x256x16(acc, a, b, k, step > 0 || k > 0);
-        wgmma_commit();
-        if (before >= 0) {
-          wgmma_wait<1>(acc);
-          if (lane == 0 && sound) barrier_arrive(&own.empty[before]);
-        }
-        before = stage;
-        if (++stage == Hopper::kStages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-      wgmma_wait<0>(acc);
-      if (!sound) continue;
-      if (lane == 0) barrier_arrive(&own.empty[before]);
-      hopper_take(acc, prepared, code_count, tile * Hopper::kCodes, row, feature, limit, own);
-    }
+    const auto take = [&](const float(&acc)[Hopper::kCodes / 8][4], int first_code) {
+      hopper_take(acc, prepared, code_count, first_code, row, feature, limit, own);
+    };
+    const bool sound = hopper_multiply(stages, own, steps, first_tile, last_tile, take);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -204,6 +222,42 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
       }
     }
     if (!sound && lane == 0) atomic_exchange(work.stalled, 1);
+  }
+#endif
+}
+
+/// For tests: the products of one tile of features with all codes, as the search accumulates them.
+VQ_KERNEL(Hopper::kThreads)
+multiply_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap code_map, int row_count, int64_t code_count,
+                int pitch, float* products) {
+#if defined(VQ_NO_HOPPER)
+  (void)row_count, (void)code_count, (void)pitch, (void)products;
+#else
+  const int first_row = block_index() * kRowTile, thread = thread_index();
+  const int tiles = static_cast<int>((code_count + Hopper::kCodes - 1) / Hopper::kCodes);
+  const int steps = (pitch + Hopper::kDims - 1) / Hopper::kDims;
+  unsigned char* stages = align_shared(shared_memory(), 1024);
+  HopperLists& own = *reinterpret_cast<HopperLists*>(stages + Hopper::kStages * Hopper::kStageBytes);
+  if (thread == 0) hopper_start(own);
+  block_sync();
+  if (thread >= Hopper::kMultiplyThreads) {
+    fewer_registers<40>();
+    if (thread == Hopper::kMultiplyThreads)
+      hopper_load(feature_map, code_map, stages, own, first_row, steps, 0, tiles);
+  } else {
+    more_registers<232>();
+    const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+    const auto take = [&](const float(&acc)[Hopper::kCodes / 8][4], int first_code) {
+#pragma unroll
+      for (int j = 0; j < Hopper::kCodes / 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int64_t code = first_code + thread % 4 * 2 + j * 8 + c % 2;
+          if (row + c / 2 * 8 < row_count && code < code_count)
+            products[(row + c / 2 * 8) * code_count + code] = acc[j][c];
+        }
+    };
+    hopper_multiply(stages, own, steps, 0, tiles, take);
   }
 #endif
 }
