@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optim": {"clip_norm": 1.0, "weight_decay": 0.1, "decay": "weights"},
     },
     "paired, consistent": {"pipeline": {"paired": True}, "loss": {"consistency": 1.0}},
+    "AugMix, consistent": {"pipeline": {"augmix": 2}, "loss": {"consistency": 12.0}},
     "frozen": {"optim": {"name": "adamw", "freeze_trunk": True}, "model": {"freeze_bn": True}},
 }
 
@@ -101,6 +102,7 @@ class Loader:
     """Batches as the GPU's loader hands them out."""
 
     paired: bool
+    augmix: int
     micros: int = 2
 
     def __next__(self) -> TrainingBatch:
@@ -114,7 +116,7 @@ class Loader:
             sample_id=host,
             position=host,
             clean_images=images.clone() if self.paired else None,
-            augmented=(),
+            augmented=(images.clone(), images.clone()) if self.augmix == 2 else (),
             damaged=host.bool(),
         )
 
@@ -162,7 +164,7 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
         assert not make_optimizer(run.optim, net, scaled=True).defaults["fused"]
         average, meter, codes = Ema(net, 0.99), Meter(on_gpu), CodeUsage(on_gpu, net)
         for step in range(2):
-            loader, guard = Loader(run.pipeline.paired), Guard()
+            loader, guard = Loader(run.pipeline.paired, run.pipeline.augmix), Guard()
             train_step(on_gpu, net, optimizer, loader, meter, run, step=step, guard=guard)  # type: ignore[arg-type]
             average.update(step + 1)
         assert meter.state_dict()["totals"]["images"] == 1
