@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import finish, start
 
 import shards
 import train
 from pipeline.config import PipelineConfig
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.normalise import denormalise
+from tools.evaluate import EvaluateCommand, evaluate
 from tools.runtime.config import parse_command
 from tools.runtime.metrics import read_metrics
+from tools.runtime.results import read_csv
 
 pytestmark = pytest.mark.gpu
 KINDS = ("gaussian_noise", "shot_noise", "brightness", "contrast")
@@ -146,3 +149,65 @@ def test_training_runs_and_resumes(
     assert len(losses) == 12
     assert all(map(math.isfinite, losses))
     assert train.train(parse_command(train.TrainCommand, arguments)) == 0
+
+
+OPTIONS = {
+    "a codebook that stays in use, mixed images, averaged weights": [
+        *("--model.init", "kmeans", "--model.ema", "0.9", "--model.revive-after", "2"),
+        *("--pipeline.mixup", "0.2", "--pipeline.cutmix", "1.0", "--optim.ema-decay", "0.99"),
+    ],
+    "AugMix, clipped, checkpoints in the background": [
+        *(
+            "--pipeline.augmix",
+            "2",
+            "--loss.consistency",
+            "12",
+            "--optim.clip-norm",
+            "1",
+            "--checkpoint-async",
+        ),
+    ],
+    "pairs in parts, cosine, centred": [
+        *("--pipeline.paired", "--loss.consistency", "1", "--pipeline.batch-per-gpu", "4"),
+        *("--model.metric", "cosine", "--model.centre", "--images-every", "1", "--audit"),
+    ],
+    "compiled": ["--compile", "--precision", "bf16"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_training_work(picture_shards: Path, tmp_path: Path, options: str) -> None:
+    recipe = Path(__file__).parent / "tiny.toml"
+    arguments = ["--recipe", str(recipe), "--data", str(picture_shards), "--val", str(picture_shards)]
+    arguments += ["--out", str(tmp_path / "run"), "--steps", "3", *OPTIONS[options]]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train.train(parse_command(train.TrainCommand, arguments)) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
+    assert any("val_score_pct" in r for r in records)
+
+
+def test_the_evaluation_command_says_what_it_says_on_a_cpu(
+    run_folder: Path, picture_shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["tools/evaluate.py", "--checkpoint", str(run_folder), "--data", str(picture_shards)]
+    arguments += ["--kinds", "gaussian_noise", "contrast", "--batch", "32"]
+    finish(start(*arguments, "--out", str(tmp_path / "cpu")))  # what `start` starts uses no GPU
+    AcceleratorState._reset_state(reset_partial_state=True)
+    report = evaluate(
+        EvaluateCommand(
+            checkpoint=(run_folder,),
+            data=picture_shards,
+            kinds=("gaussian_noise", "contrast"),
+            batch=32,
+            out=tmp_path / "gpu",
+        )
+    )
+    assert report["environment"]["device"] == "cuda"
+    (want,), (found,) = (read_csv(tmp_path / place / "cells.csv").values() for place in ("cpu", "gpu"))
+    for cell, wanted in zip(found, want, strict=True):
+        assert (cell.name, cell.images) == (wanted.name, wanted.images)
+        assert cell.top1 == pytest.approx(wanted.top1, abs=0.1)  # of a model that was not trained: near ties
+        assert cell.nll == pytest.approx(wanted.nll, abs=0.02)
