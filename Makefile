@@ -1,12 +1,14 @@
 # make demo    sets everything up and runs the main job on embedded data (DATA=folder for your own)
 # make test    sets everything up and runs all checks and tests
 # make check   lint, types and the fast tests only
-# make gpu-check  on a machine with a GPU: the gpu tests and every benchmark, results to benchmarks/results/
+# make gpu-check  on a machine with a GPU: the gpu tests, a benchmark of every part and compute-sanitizer, results to
+#              benchmarks/results/ (GPU_CHECK_ARGS="--help" names the steps and says how to choose)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
 DEMO_ARGS ?=
+GPU_CHECK_ARGS ?=
 # Two at a time, a file in one process: session fixtures are made once in each.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 # DALI's threads share the CPU cores with torch's, whose OpenMP threads must not spin while they wait.
@@ -46,7 +48,7 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 clean:
 	rm -rf build $(VENV)/ready shards/*.so pipeline/corruptions/*.so model/codebook/*.so

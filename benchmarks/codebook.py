@@ -7,20 +7,17 @@ The tests run first; on red there is no number. Each size is measured in one run
 (codebook prepared before, or in the same call), forward + backward, and the codebook's gradient alone beside
 index_add; (a) cuBLAS half GEMM with float32 output alone, (b) that + argmin, and + gather + losses, (c) float32 and
 TF32 addmm + argmin, and cdist + argmin, (d) vector-quantize-pytorch, (e) faiss's flat index, the last two where
-installed. A method that runs out of memory says so. `wrong` is the share of 512 features whose code is farther than
-the nearest, by float64. `ratios` are what the kernels are to be judged by; benchmarks/training.py has the training
-step beside the plain trunk's.
+installed. A method that runs out of memory says so, and one of others that fails says how; where ours fails, the
+benchmark ends. `wrong` is the share of 512 features whose code is farther than the nearest, by float64. `ratios` are
+what the kernels are to be judged by; benchmarks/training.py has the training step beside the plain trunk's.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +26,10 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from benchmarks.environment import environment, percentiles
-from model.codebook import PreparedCodebook, nearest_code, quantize
-from model.codebook.kernels import APART, TILE_AUTO, kernels_for
-from model.codebook.segment_sum import segment_sum_of_differences
+from benchmarks.codebook_methods import methods
+from benchmarks.environment import environment, percentiles, write_result
+from model.codebook import nearest_code
+from model.codebook.kernels import kernels_for
 
 # Shapes: N = features, K = codes, D = feature dimension.
 
@@ -136,122 +133,6 @@ def peak_mb(work: Callable[[], object], device: torch.device) -> float | None:
     return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def half_product(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
-    """float32 products of half matrices; on a CPU, which has none, of their float32 copies."""
-    if z_ND.is_cuda:
-        return torch.mm(z_ND, codes_KD.T, out_dtype=torch.float32)
-    return z_ND.float() @ codes_KD.float().T
-
-
-def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
-    """Name to call; one whose result starts with an index (N,) of codes is also checked."""
-    half_z_ND, half_codes_KD = z_ND.half(), codes_KD.half()
-    half_square_K = 0.5 * codes_KD.square().sum(1)
-    prepared = PreparedCodebook(codes_KD)
-    k = len(codes_KD)
-    code_ND, index_N = quantize(z_ND, codes_KD, prepared=prepared)[:2]
-    scale = torch.ones((), dtype=torch.float64, device=z_ND.device)
-    z_grad_ND, codes_grad_KD = z_ND.clone().requires_grad_(), codes_KD.clone().requires_grad_()
-
-    def backward() -> None:
-        found = quantize(z_grad_ND, codes_grad_KD)
-        (found.vq_loss + found.commit_loss + found.quantised_ND.sum()).backward()
-        z_grad_ND.grad = codes_grad_KD.grad = None
-
-    def half_argmin() -> Tensor:
-        return (half_square_K - half_product(half_z_ND, half_codes_KD)).argmin(1)
-
-    def half_forward() -> tuple[Tensor, ...]:
-        index_N = half_argmin()
-        code_ND = codes_KD[index_N]
-        return (
-            index_N,
-            z_ND + (code_ND - z_ND),
-            (code_ND - z_ND).square().mean(),
-            (z_ND - code_ND).square().mean(),
-        )
-
-    def float_argmin() -> Tensor:
-        return torch.addmm(half_square_K, z_ND, codes_KD.T, alpha=-1).argmin(1)
-
-    def tf32_argmin() -> Tensor:
-        with tf32():
-            return float_argmin()
-
-    found: dict[str, Callable[[], Any]] = {
-        "ours: search, codebook prepared": lambda: nearest_code(z_ND, codes_KD, prepared=prepared),
-        "ours: forward, codebook prepared": lambda: quantize(z_ND, codes_KD, prepared=prepared)[1:],
-        "ours: forward": lambda: quantize(z_ND, codes_KD)[1:],
-        "ours: forward and backward": backward,
-        "ours: prepare": prepared.refresh,
-        "ours: codebook gradient": lambda: segment_sum_of_differences(code_ND, z_ND, scale, index_N, k),
-        "index_add of the differences": lambda: torch.zeros_like(codes_KD).index_add_(
-            0, index_N, code_ND - z_ND
-        ),
-        "torch: search (impl='torch')": lambda: nearest_code(z_ND, codes_KD, impl="torch"),
-        "half GEMM": lambda: half_product(half_z_ND, half_codes_KD),
-        "half GEMM + argmin": lambda: (half_argmin(),),
-        "half GEMM + argmin + gather + losses": half_forward,
-        "float32 addmm + argmin": lambda: (float_argmin(),),
-        "TF32 addmm + argmin": lambda: (tf32_argmin(),),
-        "float32 cdist + argmin": lambda: (torch.cdist(z_ND, codes_KD).argmin(1),),
-    }
-    if z_ND.is_cuda and torch.cuda.get_device_capability() == (9, 0):
-        for name, impl in (("ours: search, mma.sync", "cuda"), ("ours: search, Hopper variant", "hopper")):
-            found[name] = partial(nearest_code, z_ND, codes_KD, impl=impl, prepared=prepared)
-    fused = kernels_for(z_ND, "auto")
-    if fused is not None:
-        ready = fused.prepare(codes_KD, False)
-        before = fused.together()
-        fused.search(z_ND, codes_KD, False, ready)
-        if fused.together() > before:
-            for name, tile in (("in one launch", TILE_AUTO), ("in a launch of its own", TILE_AUTO + APART)):
-                found[f"ours: mma.sync, converted {name}"] = partial(
-                    fused.search, z_ND, codes_KD, False, ready, tile=tile
-                )
-    return found | installed_methods(z_ND, codes_KD)
-
-
-def installed_methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
-    found: dict[str, Callable[[], Any]] = {}
-    try:
-        from vector_quantize_pytorch import VectorQuantize
-    except ImportError:
-        print("vector-quantize-pytorch is not installed: not measured")
-    else:
-        layer = (
-            VectorQuantize(dim=z_ND.shape[1], codebook_size=len(codes_KD), decay=0.99).to(z_ND.device).eval()
-        )
-        layer.codebook = codes_KD
-        found["vector-quantize-pytorch"] = lambda: (layer(z_ND[None])[1][0],)
-    try:
-        import faiss
-        import faiss.contrib.torch_utils
-    except ImportError:
-        print("faiss is not installed: not measured")
-    else:
-        on_gpu = z_ND.is_cuda and hasattr(faiss, "StandardGpuResources")
-        if on_gpu or not z_ND.is_cuda:
-            dim = z_ND.shape[1]
-            flat = (
-                faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), dim) if on_gpu else faiss.IndexFlatL2(dim)
-            )
-            flat.add(codes_KD)
-            found["faiss flat L2"] = lambda: (flat.search(z_ND, 1)[1][:, 0],)
-        else:
-            print("faiss is installed without its GPU part: not measured")
-    return found
-
-
 def ratios(rows: dict[str, Any], floors: dict[str, float]) -> dict[str, float]:
     """Medians of our forward pass against those of others, and of the search against reading the codes once."""
 
@@ -284,7 +165,15 @@ def wrong_pct(index_N: Tensor, z_ND: Tensor, codes_KD: Tensor) -> float:
     return round(100 * (found_N > least_N * (1 + 1e-12)).double().mean().item(), 3)
 
 
-def measure(command: CodebookBenchmark, n: int, k: int, d: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    command: CodebookBenchmark,
+    n: int,
+    k: int,
+    d: int,
+    device: torch.device,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure all methods at one size; where ours fails, `keep` gets the rows so far before the error goes on."""
     z_ND, codes_KD = vectors(command.data, n, k, d, device)
     rows: dict[str, Any] = {}
     for name, work in methods(z_ND, codes_KD).items():
@@ -298,6 +187,12 @@ def measure(command: CodebookBenchmark, n: int, k: int, d: int, device: torch.de
                 row["wrong_pct"] = wrong_pct(result[0], z_ND, codes_KD)
         except torch.OutOfMemoryError as error:
             row = {"failed": f"out of memory: {error}"[:120]}
+        except Exception as error:
+            if name.startswith("ours"):
+                rows[name] = {"failed": f"{type(error).__name__}: {error}"}
+                keep(rows)
+                raise
+            row = {"failed": f"{type(error).__name__}: {error}"[:300]}
         rows[name] = row
         print(f"  {name:40s} {row}", flush=True)
     effort = {}
@@ -331,13 +226,22 @@ def main() -> None:
         code = subprocess.run([sys.executable, "-m", "pytest", "-q", *chosen, *marks], cwd=ROOT).returncode
         if code:
             sys.exit(f"no benchmark: the tests of the search failed (pytest exit code {code})")
-    sizes = []
+    sizes: list[dict[str, Any]] = []
+    record = {**environment(), "data": command.data, "repeats": command.repeats, "sizes": sizes}
+
+    def write() -> None:
+        if command.out:
+            write_result(command.out, record)
+
     for n, k, d in TINY if command.tiny else SIZES:
         print(f"N {n}, K {k}, D {d}: floors on an H200 in µs {floors_us(n, k, d)}", flush=True)
-        sizes.append(measure(command, n, k, d, device))
-        if command.out:
-            record = {**environment(), "data": command.data, "repeats": command.repeats, "sizes": sizes}
-            command.out.write_text(json.dumps(record, indent=1) + "\n")
+
+        def keep(rows: dict[str, Any], n: int = n, k: int = k, d: int = d) -> None:
+            sizes.append({"n": n, "k": k, "d": d, "methods": rows})
+            write()
+
+        sizes.append(measure(command, n, k, d, device, keep))
+        write()
 
 
 if __name__ == "__main__":

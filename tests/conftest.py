@@ -63,12 +63,6 @@ def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _extracted("imagenet-sample/imagenet-sample.tar", tmp_path_factory) / "imagenet-sample"
 
 
-@pytest.fixture(scope="session")
-def imagenette_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Imagenette at 112 px, `train/<wnid>/` and `val/<wnid>/`; skips where absent."""
-    return _extracted("imagenette-112/imagenette-112.tar.gz", tmp_path_factory) / "imagenette-112"
-
-
 def write_pictures(folder: Path, count: int, *, classes: int = 3, side: int = 64, seed: int = 0) -> None:
     """Write JPEGs whose class can be learnt (hue by class, random gradient) as `folder/<class>/<i>.jpg`."""
     rng = np.random.default_rng(seed)
