@@ -161,7 +161,7 @@ def pair_flags(known: float, mce: float) -> list[str]:
     mid = 100 * (1 - known) * (low + high) / 2
     return [
         f"mCE {mce:.2f} % with Known {100 * known:.2f} %: ratio mCE / mean error {ratio:.3f} is outside {low}-{high}, "
-        f"measured on 12 published models; about {mid:.1f} % would fit. Were both made by one evaluation?"
+        f"measured on 12 published ImageNet models; about {mid:.1f} % would fit. Were both made by one evaluation?"
     ]
 
 
