@@ -47,6 +47,8 @@ _SANITIZED = {
     "corruptions": "(cuda_equals_cpu and (size1 or size3)) or same_pixels",
     "codebook": "odd_sizes or (exact_on_hostile and (relu or collapsed)) or (hopper_variant and 163 and relu)",
 }
+# Imported only once images are decoded and tars are written.
+_BUILDING = ("simplejpeg", "webdataset")
 # It asserts that a call returns before the device is done, which is not so under the tools.
 _NOT_SANITIZED = "tests/test_corruptions_torch.py::test_cuda_runs_on_the_current_stream"
 
@@ -91,14 +93,19 @@ def all_steps(work: Path, source: Path) -> list[Step]:
             *choice,
             *files,
         )
-        return Step(f"tests-{room}", command, about_s, 540, entries=("tests/conftest.py", *files))
+        # Without DALI, pytest skips the tests of its operator, which the result says: the others need none.
+        entries = ("tests/conftest.py", *files)
+        built = _BUILDING if room not in _SANITIZED else ()
+        return Step(f"tests-{room}", command, about_s, 540, entries=entries, modules=built)
 
     def benchmark(name: str, room: str, about_s: float, *arguments: str, needs: tuple[str, ...] = ()) -> Step:
         # As a module: of a script its own folder, not the checkout, would be on the path.
         out = work / f"{name}.json"
         command = (python, "-m", f"benchmarks.{name}", *arguments, "--out", str(out))
-        entries = (f"benchmarks/{name}.py",)
-        return Step(name, command, about_s, 540, (f"tests-{room}",), needs, out, entries=entries)
+        entries, built = (f"benchmarks/{name}.py",), _BUILDING if name == "loader" else ()
+        return Step(
+            name, command, about_s, 540, (f"tests-{room}",), needs, out, entries=entries, modules=built
+        )
 
     def sanitizer(tool: str, room: str) -> Step:
         watched = tests(room)
@@ -149,7 +156,7 @@ def all_steps(work: Path, source: Path) -> list[Step]:
             *("--batch", "128", "--precision", "bf16", "--threads", threads),
         ),
         tests("training"),
-        Step("shards", shards, 20, 120, entries=("tools/build_shards.py", "shards/target_tar.py")),
+        Step("shards", shards, 20, 120, entries=("tools/build_shards.py",), modules=_BUILDING),
         benchmark("training", "training", 150, "--data", shard_set, *data, "--no-tests", needs=("shards",)),
         tests("profile"),
         Step(
@@ -223,6 +230,7 @@ def parse(steps: list[Step], words: list[str] | None = None) -> argparse.Namespa
         "--no-tests", action="store_true", help="benchmarks without their tests; the result says so"
     )
     parser.add_argument("--budget-s", type=float, help="be done in this time: skip steps that no longer fit")
+    parser.add_argument("--commit", help="what to record as the code's commit where the checkout has no git")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result"
     )
@@ -233,14 +241,18 @@ def summary(steps: dict[str, Any]) -> dict[str, Any]:
     """Return what stands at the head of a result: which tests failed, and what is not covered."""
     from pipeline.corruptions import frost
 
-    failed = {name: step["tests_failed"] for name, step in steps.items() if "tests_failed" in step}
-    head: dict[str, Any] = {"tests_failed": failed}
+    missed = []
     if not frost.found():
-        head["not_covered"] = (
+        missed.append(
             "frost: its textures are not here, so no test and no number has it, nor the mix of all corruptions; "
             "pip install --no-deps imagecorruptions==1.1.2, or set VQSA_FROST_DIR"
         )
-    return head
+    if missing_packages(["nvidia.dali"]):
+        missed.append(
+            "the corruptions' DALI operator: nvidia-dali-cuda130 is not here, so its tests are skipped"
+        )
+    failed = {name: step["tests_failed"] for name, step in steps.items() if "tests_failed" in step}
+    return {"tests_failed": failed, "not_covered": missed}
 
 
 def require(steps: list[Step]) -> None:
@@ -251,8 +263,8 @@ def require(steps: list[Step]) -> None:
             "gpu-check needs a CUDA device and torch sees none; run it on a machine with a GPU and its driver"
         )
     modules = third_party(ROOT / entry for step in steps for entry in step.entries)
-    # Named on a command line, and imported where tars are written.
-    missing = missing_packages(modules | {"pytest", "webdataset"}) or missing_native_parts()
+    modules |= {module for step in steps for module in step.modules}
+    missing = missing_packages(modules) or missing_native_parts("nvidia.dali" in modules)
     if missing:
         sys.exit(
             f"gpu-check: nothing was run, since these are missing here: {', '.join(missing)}. Packages: pip "
@@ -265,6 +277,8 @@ def check(options: argparse.Namespace, work: Path, began_s: float) -> list[str]:
     from benchmarks.environment import environment, write_result
 
     machine = environment()
+    if machine["commit"] == "unknown" and options.commit:
+        machine["commit"] = options.commit
     out, steps = open_result(options.out, machine)
     source, what = photographs(work)
     chosen = chosen_steps(all_steps(work, source), options.only, steps, not options.no_tests)
@@ -282,8 +296,8 @@ def check(options: argparse.Namespace, work: Path, began_s: float) -> list[str]:
         head = summary(steps)
         for name, tests in head["tests_failed"].items():
             print(f"{name}: {', '.join(tests) or 'no test is named; see its output_end'}")
-        if "not_covered" in head:
-            print(f"NOT COVERED: {head['not_covered']}")
+        for missed in head["not_covered"]:
+            print(f"NOT COVERED: {missed}")
         print(f"written: {out}", flush=True)
 
 
@@ -296,7 +310,7 @@ def main() -> None:
             work = Path(folder)
             steps = all_steps(work, work)
             options = parse(steps)
-            require(chosen_steps(steps, options.only, {}))
+            require(chosen_steps(steps, options.only, {}, not options.no_tests))
             failed = check(options, work, began_s)
     except Stopped as stop:
         print(f"stopped by {stop}")

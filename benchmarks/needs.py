@@ -74,10 +74,11 @@ def missing_packages(modules: Iterable[str]) -> list[str]:
     return sorted(set(missing))
 
 
-def missing_native_parts(root: Path = ROOT) -> list[str]:
+def missing_native_parts(with_dali: bool, root: Path = ROOT) -> list[str]:
     """Return the native parts that are not built, or are built without CUDA."""
     parts = ["shards/libvqsa_records.so", "model/codebook/libvqsa_codebook.so"]
-    parts += [f"pipeline/corruptions/libvqsa_{name}.so" for name in ("corrupt", "dali")]
+    parts += ["pipeline/corruptions/libvqsa_corrupt.so"]
+    parts += ["pipeline/corruptions/libvqsa_dali.so"] if with_dali else []
     missing = [part for part in parts if not (root / part).is_file()]
     if not missing:
         from pipeline.corruptions import core

@@ -38,6 +38,7 @@ class Step:
     result: JSON that it writes.
     variables: of its environment, beside this process's.
     entries: files, relative to the root, whose imports must be possible.
+    modules: what must be importable beside that.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Step:
     result: Path | None = None
     variables: dict[str, str] = field(default_factory=dict)
     entries: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 class Stopped(BaseException):
@@ -72,7 +74,7 @@ def stop_on_signals() -> None:
 def surroundings(step: Step) -> dict[str, str]:
     """The step's environment: the checkout comes first on the path of Python, whether it is installed or not."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.variables}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **step.variables}
 
 
 def _end(process: subprocess.Popen[str]) -> None:

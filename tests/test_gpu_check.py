@@ -72,7 +72,9 @@ def test_the_whole_command(
     monkeypatch.setattr(gpu_check, "stop_on_signals", lambda: None)
     monkeypatch.setattr(gpu_check, "require", lambda chosen: None)
     monkeypatch.setattr(gpu_check, "photographs", lambda work: (Path("/photos"), "photos.tar"))
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(out), "--only", "bench"])
+    environment = importlib.import_module("benchmarks.environment")
+    monkeypatch.setattr(environment, "environment", lambda: {"date": "d", "gpu": "G 1", "commit": "unknown"})
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(out), "--only", "bench", "--commit", "abc"])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()
     assert ended.value.code == 0
@@ -82,7 +84,7 @@ def test_the_whole_command(
     assert list(found["steps"]) == ["tests-room", "bench"]
     assert found["steps"]["bench"]["result"] == {"source": "/photos"}
     assert found["photographs"] == "photos.tar"
-    assert found["tests_failed"] == {}
+    assert (file.name, found["commit"], found["tests_failed"]) == ("d-g-1.json", "abc", {})
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "again")])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()
@@ -166,9 +168,28 @@ def test_a_package_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pyte
 def test_missing_native_parts_are_named(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "libvqsa_records.so").touch()
-    found = needs.missing_native_parts(tmp_path)
-    assert len(found) == 3
-    assert "model/codebook/libvqsa_codebook.so" in found
+    found = needs.missing_native_parts(True, tmp_path)
+    assert found == [
+        "model/codebook/libvqsa_codebook.so",
+        "pipeline/corruptions/libvqsa_corrupt.so",
+        "pipeline/corruptions/libvqsa_dali.so",
+    ]
+    assert needs.missing_native_parts(False, tmp_path) == found[:2]
+
+
+def test_what_each_step_needs() -> None:
+    """The kernels alone are measured without DALI, and without what builds shards."""
+
+    def modules(name: str) -> set[str]:
+        (found,) = (s for s in gpu_check.all_steps(Path("/work"), Path("/photos")) if s.name == name)
+        return needs.third_party(ROOT / entry for entry in found.entries) | set(found.modules)
+
+    for name in ("tests-codebook", "codebook", "tests-corruptions", "corruptions", "memcheck-codebook"):
+        assert not {"nvidia.dali", "webdataset", "simplejpeg"} & modules(name), name
+    assert {"pytest", "torch", "hypothesis"} & modules("tests-codebook") == {"pytest", "torch"}
+    for name in ("tests-loader", "loader"):
+        assert {"nvidia.dali", "webdataset", "simplejpeg"} <= modules(name), name
+    assert "timm" in modules("evaluation")
 
 
 def test_nothing_is_run_where_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +209,15 @@ def test_no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_check.require([])
 
 
-def test_a_missing_frost_is_said_at_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_covered_is_said_at_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     frost = importlib.import_module("pipeline.corruptions.frost")
-    monkeypatch.setattr(frost, "found", lambda: False)
-    assert gpu_check.summary({})["not_covered"].startswith("frost: its textures are not here")
     monkeypatch.setattr(frost, "found", lambda: True)
-    assert "not_covered" not in gpu_check.summary({})
+    assert gpu_check.summary({})["not_covered"] == []
+    monkeypatch.setattr(frost, "found", lambda: False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    first, second = gpu_check.summary({})["not_covered"]
+    assert first.startswith("frost: its textures are not here")
+    assert second.startswith("the corruptions' DALI operator")
 
 
 def test_results_are_whole_whenever_the_writer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
