@@ -87,8 +87,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def failed_tests(output: str) -> list[str]:
-    """Return the tests that pytest's summary names as failed or in error."""
-    return re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*?)(?: - .*)?$", output, re.MULTILINE)
+    """Return the tests that pytest says failed: in its summary, and, where it was cut off before, as they ran (-v)."""
+    summary = re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*?)(?: - .*)?$", output, re.MULTILINE)
+    as_they_ran = re.findall(r"^(\S+\.py::.*?) (?:FAILED|ERROR) +\[ *\d+%\]$", output, re.MULTILINE)
+    return list(dict.fromkeys([*as_they_ran, *summary]))
 
 
 def run(step: Step, limit_s: float, steps: dict[str, Any]) -> None:

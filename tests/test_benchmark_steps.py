@@ -93,6 +93,15 @@ def test_failed_tests_are_read_from_the_summary() -> None:
     assert failed_tests(output) == ["tests/a.py::b[1-x]", "tests/c.py", "tests/a.py::b[one code]"]
 
 
+def test_failed_tests_are_known_where_pytest_was_cut_off() -> None:
+    output = "t/a.py::b[1-x] PASSED    [  1%]\nt/a.py::b[one code] FAILED         [ 54%]\nt/a.py::c "
+    assert failed_tests(output) == ["t/a.py::b[one code]"]
+    assert failed_tests(output + "\nFAILED t/a.py::b[one code] - no\nFAILED t/a.py::d\n") == [
+        "t/a.py::b[one code]",
+        "t/a.py::d",
+    ]
+
+
 def test_a_hanging_step_ends_with_all_that_it_started(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     code = (
