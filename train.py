@@ -56,8 +56,8 @@ class TrainCommand(RunConfig):
     from that checkpoint. "no": start; refuses a folder that already has checkpoints."""
 
     allow_changes: bool = False
-    """Go on though the length of the run, its learning rates, clip_norm, precision or compile are not the
-    checkpoint's: what follows is no longer the run that the checkpoint is of."""
+    """Go on though the length of the run, its learning rates, clip_norm, precision, compile, fused or patience are
+    not the checkpoint's: what follows is no longer the run that the checkpoint is of."""
 
     dry_run: bool = False
     """Check everything, print the resolved configuration and the length of the run, and stop."""
@@ -76,8 +76,8 @@ def train(command: TrainCommand) -> int:
         raise ValueError(
             f"{config.val} and {config.data} have different class lists; build both from the same classes"
         )
-    config.total_steps(len(store))  # refuses a run without a length before anything is set up
-    start = starting_point(command.resume, config, store.classes, allow_changes=command.allow_changes)
+    total = config.total_steps(len(store))  # refuses a run without a length before anything is set up
+    start = starting_point(command.resume, config, store.classes, total, allow_changes=command.allow_changes)
     accelerator = make_accelerator(config)
     if accelerator.is_main_process and not command.dry_run:
         forget_status(config.out)
@@ -153,11 +153,12 @@ def run(
         ema,
         {"progress": progress, "stream": loader, "best": best, "meter": meter, "codes": codes},
     )
+    changed = {} if start is None else changes(start, config)
     if start is not None:
         state.restore(start.path)
         progress.unvalidated = progress.unvalidated and val_store is not None
         say(f"resumed after step {progress.step} from {start.path}")
-        for name, change in changes(start, config).items():
+        for name, change in changed.items():
             say(f"  changed: {name}: {change}")
     else:
         learning_mode(accelerator.unwrap_model(net), config)
@@ -183,6 +184,8 @@ def run(
     if main:
         metrics = MetricsFile(config.out / "metrics.jsonl", progress.step, validated=not progress.unvalidated)
         opened.callback(metrics.close)
+        if changed:
+            metrics.write({"step": progress.step, "changed": changed})
     trackers = Trackers(accelerator, config.out)
     opened.callback(trackers.close)
     audit = Audit(config.out, accelerator.process_index) if config.audit else None

@@ -192,7 +192,7 @@ def open_result(folder: Path, machine: dict[str, Any]) -> tuple[Path, dict[str, 
     """Return the file to write and the steps it has already: a file is gone on with at the same clean commit only."""
     gpu = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    same = ("commit", "gpu", "driver", "packages")
+    same = ("commit", "gpu", "driver", "packages", "cpu", "cpu_cores", "photographs")
     clean = re.fullmatch(r"[0-9a-f]+", machine["commit"]) is not None
     number = 1
     while True:
@@ -279,12 +279,13 @@ def check(options: argparse.Namespace, work: Path, began_s: float) -> list[str]:
     machine = environment()
     if machine["commit"] == "unknown" and options.commit:
         machine["commit"] = options.commit
-    out, steps = open_result(options.out, machine)
     source, what = photographs(work)
+    machine["photographs"] = what
+    out, steps = open_result(options.out, machine)
     chosen = chosen_steps(all_steps(work, source), options.only, steps, not options.no_tests)
 
     def write() -> None:
-        write_result(out, {**machine, "photographs": what, **summary(steps), "steps": steps})
+        write_result(out, {**machine, **summary(steps), "steps": steps})
 
     print(f"{len(chosen)} steps, photographs: {what}, result: {out}", flush=True)
     try:

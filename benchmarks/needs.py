@@ -69,7 +69,7 @@ def missing_packages(modules: Iterable[str]) -> list[str]:
             absent = error.name or module
             name = absent if not module.startswith(f"{absent}.") else module
             missing.append(_PACKAGES.get(name, name.split(".")[0]))
-        except (ImportError, OSError) as error:
+        except Exception as error:  # whatever keeps it from loading is worth a line
             missing.append(f"{module} ({error})")
     return sorted(set(missing))
 

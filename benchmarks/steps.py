@@ -121,7 +121,6 @@ def run(step: Step, limit_s: float, steps: dict[str, Any]) -> None:
         log.seek(0)
         output = log.read()
     ok = not ended and process.returncode == 0
-    print(output[-(1500 if ok else 6000) :] + f"\n== {step.name}: {ended or 'ended'}", flush=True)
     record: dict[str, Any] = {
         "command": " ".join(step.command),
         "ok": ok,
@@ -139,6 +138,8 @@ def run(step: Step, limit_s: float, steps: dict[str, Any]) -> None:
         if "pytest" in step.command:
             record["tests_failed"] = failed_tests(output)
     steps[step.name] = record
+    with contextlib.suppress(OSError):  # who reads along may have gone, as after SIGHUP
+        print(output[-(1500 if ok else 6000) :] + f"\n== {step.name}: {ended or 'ended'}", flush=True)
     if stopped:
         raise stopped
 

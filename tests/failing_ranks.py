@@ -183,8 +183,8 @@ class Cases:
         paths = {"0": self.folder / "own1/checkpoints/step_000008", "1": record.parent}
         starting_point = train.starting_point
 
-        def own(resume: str, *arguments: Any) -> Any:
-            return starting_point(str(paths[os.environ["RANK"]]), *arguments)
+        def own(resume: str, *arguments: Any, **named: Any) -> Any:
+            return starting_point(str(paths[os.environ["RANK"]]), *arguments, **named)
 
         with instead(train, "starting_point", own):
             self.run("same step", *settings)

@@ -88,14 +88,20 @@ def test_exact_over_row_tiles_and_splits(shim: Kernels, case: Case) -> None:
     check(shim, *data(case, 150, 700, 33))
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-@pytest.mark.parametrize(("n", "k"), [(1, 700), (11, 40), (11, 700)])
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("tile", TILES)
+FEW = [(case, "narrow", "l2", 11, 700) for case in CASES]
+FEW += [
+    (near_duplicates, tile, metric, n, k)
+    for tile in TILES
+    for metric in ("l2", "cosine")
+    for n, k in ((1, 700), (11, 40), (11, 700))
+]
+"""More features than parts of the codebook, as many and fewer."""
+
+
+@pytest.mark.parametrize(("case", "tile", "metric", "n", "k"), FEW)
 def test_few_features_are_converted_in_the_launch_of_the_search(
-    shim: Kernels, tile: str, metric: str, n: int, k: int, case: Case, monkeypatch: pytest.MonkeyPatch
+    shim: Kernels, case: Case, tile: str, metric: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More features than parts of the codebook, as many and fewer."""
     monkeypatch.setenv("VQSA_SHIM_MULTIPROCESSORS", "11")
     before = shim.together()
     check(shim, *data(case, n, k, 40), metric, TILES[tile])

@@ -24,11 +24,15 @@ def test_a_result_is_gone_on_with_at_the_same_commit_only(tmp_path: Path) -> Non
         "driver": "1",
         "packages": {},
         "commit": "0123abc",
+        "cpu": "a CPU",
+        "cpu_cores": 16,
+        "photographs": "imagenet-sample.tar",
     }
     file, done = gpu_check.open_result(tmp_path, machine)
     assert (file.name, done) == ("2026-11-21-nvidia-h100-80gb.json", {})
     write_result(file, {**machine, "steps": {"tests-codebook": {"ok": True}}})
     assert gpu_check.open_result(tmp_path, machine) == (file, {"tests-codebook": {"ok": True}})
+    assert gpu_check.open_result(tmp_path, {**machine, "photographs": "generated"})[1] == {}
     for commit in ("4567abc", "0123abc+dirty", "unknown"):
         other, done = gpu_check.open_result(tmp_path, {**machine, "commit": commit})
         assert (other.name, done) == ("2026-11-21-nvidia-h100-80gb-2.json", {})

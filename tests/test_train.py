@@ -17,9 +17,10 @@ from conftest import TWO_PROCESSES, finish, start, write_pictures
 import train
 from shards.build import BuildOptions, build
 from tools.runtime import checkpoint
-from tools.runtime.config import differences, parse_command
+from tools.runtime.config import RunConfig, differences, parse_command, validated
 from tools.runtime.device import loader_device_id
 from tools.runtime.metrics import MetricsFile, read_metrics
+from tools.runtime.optim import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
@@ -169,8 +170,18 @@ def test_a_checkpoint_of_another_configuration_is_refused(undisturbed: Path, pic
 def test_length_and_rates_may_change_where_that_is_said(
     undisturbed: Path, picture_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same steps as the run that was so from the start would make from that checkpoint's state."""
-    longer = ("--resume", "auto", "--steps", "14", "--optim.lr", "1e-5", "--optim.clip-norm", "0.5")
+    longer = (
+        "--resume",
+        "auto",
+        "--steps",
+        "14",
+        "--optim.lr",
+        "1e-5",
+        "--optim.clip-norm",
+        "0.5",
+        "--optim.fused",
+        "True",
+    )
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     with pytest.raises(ValueError, match=r"optim.lr: .* -> 1e-05; steps: 12 -> 14\); .* say --allow-changes"):
@@ -181,11 +192,20 @@ def test_length_and_rates_may_change_where_that_is_said(
     said = capsys.readouterr().out
     assert "changed: steps: 12 -> 14" in said
     assert "changed: optim.clip_norm: None -> 0.5" in said
-    (record,) = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] == 14 and "lr" in r]
-    assert 0 < record["lr"] <= 1e-5
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["step"] for r in records if "lr" in r] == [*range(1, 15)]
+    (record,) = [r for r in records if "changed" in r]
+    assert (record["step"], record["changed"]["optim.lr"][-5:]) == (12, "1e-05")
+    config = validated(RunConfig, checkpoint.newest(run).config, "test")
+    rates = [r["lr"] for r in records if r["step"] > 12 and "lr" in r]
+    assert rates == [learning_rate(config.optim, step, 14, 1) for step in (12, 13)]
     assert not same(weights(run), weights(undisturbed))
     newest = checkpoint.newest(run)
+    saved = torch.load(newest.path / checkpoint.TRAINING_FILE, weights_only=True)
+    assert saved["optimizer"]["param_groups"][0]["fused"], "of this run, not of the checkpoint"
     assert (newest.step, newest.config["optim"]["lr"]) == (14, 1e-5)
+    with pytest.raises(ValueError, match=r"is of step 14, and the run would have 13; give it more"):
+        run_here(*command(picture_shards, run, *longer, "--allow-changes", "--steps", "13"))
 
 
 def test_a_finished_run_has_nothing_left_to_do(

@@ -259,8 +259,10 @@ def _keep_one(aside: Path, final: Path) -> None:
     if final.exists() and (_whole(final) or not _whole(aside)):
         shutil.rmtree(aside, ignore_errors=True)
     else:
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(final.with_suffix(".tmp"))
         aside.rename(final)
+        shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
 
 
 def _whole(path: Path) -> bool:

@@ -130,11 +130,6 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "pipeline.augmix = 2 makes views for the consistency loss; set loss.consistency (12)"
             )
-        if self.optim.fused and self.precision == "fp16":
-            raise ValueError(
-                "optim.fused = true with precision fp16: the fused optimiser does not tell which steps the loss scale "
-                "skipped, and they would count as taken; leave optim.fused out, or choose bf16"
-            )
         if self.sync_bn and self.model.freeze_bn:
             raise ValueError("sync_bn computes statistics that model.freeze_bn does not use; choose one")
         if self.monitor.patience and self.val is None:
@@ -202,6 +197,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "optim.min_lr",
         "optim.update",
         "optim.clip_norm",
+        "optim.fused",
+        "monitor.patience",
     }
 )
 

@@ -36,11 +36,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int, *, validated: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # What was changed at this step is written again, if it still is.
+        again = {"changed"} if validated else {"changed", "val_score_pct"}
         kept = [
             record
             for record in read_metrics(path)
-            if record["step"] < step
-            or (record["step"] == step and (validated or "val_score_pct" not in record))
+            if record["step"] < step or (record["step"] == step and not again & record.keys())
         ]
         partial = path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))

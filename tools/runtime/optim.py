@@ -98,9 +98,17 @@ def make_optimizer(config: OptimConfig, net: nn.Module, *, scaled: bool = False)
     Args:
         net: the model on its device.
         scaled: whether losses are scaled (fp16), so that steps may be skipped.
+
+    Raises:
+        ValueError: fused is asked for, which does not tell which steps were skipped, and some may be.
     """
     groups = parameter_groups(config, net)
     fused = config.fused
+    if fused and scaled:
+        raise ValueError(
+            "optim.fused = true with precision fp16: the fused optimiser does not tell which steps the loss scale "
+            "skipped, and they would count as taken; leave optim.fused out, or choose bf16"
+        )
     if fused is None:
         # On the CPU the plain one; the fused one rounds differently.
         fused = not scaled and all(p.is_cuda for group in groups for p in group["params"])

@@ -32,12 +32,13 @@ class Progress:
 
 
 def starting_point(
-    resume: str, config: RunConfig, classes: list[str], *, allow_changes: bool = False
+    resume: str, config: RunConfig, classes: list[str], total: int, *, allow_changes: bool = False
 ) -> checkpoint.Checkpoint | None:
     """Return the checkpoint to go on from, or None to start.
 
     Args:
         resume: "no", "auto" or a path, see TrainCommand.resume.
+        total: length of the run in steps.
         allow_changes: whether the settings of CHANGEABLE_ON_RESUME may differ from the checkpoint's.
 
     Raises:
@@ -79,6 +80,11 @@ def starting_point(
                 advice = "go on with the same settings, or say --allow-changes"
             words = "; ".join(f"{name}: {changed[name]}" for name in sorted(refused))
             raise ValueError(f"{start.path} was made with another configuration ({words}); {advice}")
+        if start.step > total:
+            raise ValueError(
+                f"{start.path} is of step {start.step}, and the run would have {total}; give it more, or an earlier "
+                "checkpoint as --resume"
+            )
     return start
 
 

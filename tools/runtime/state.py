@@ -87,7 +87,10 @@ class TrainingState:
         if self._ema is not None:
             self._ema.load_model_state(averaged)
         training = torch.load(path / TRAINING_FILE, map_location="cpu", weights_only=True)
-        self._optimizer.load_state_dict(training["optimizer"])
+        saved = training["optimizer"]
+        for group, own in zip(saved["param_groups"], self._optimizer.param_groups, strict=False):
+            group["fused"] = own["fused"]  # how this machine computes, no part of the run's state
+        self._optimizer.load_state_dict(saved)
         if self._accelerator.scaler is not None and training["scaler"] is not None:
             self._accelerator.scaler.load_state_dict(training["scaler"])
         rank = self._accelerator.process_index
