@@ -163,7 +163,7 @@ def test_missing_packages_are_named_one_by_one(tmp_path: Path) -> None:
 
 def test_a_package_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_package.py").write_text("raise OSError('libcudart.so: no such file')")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert needs.missing_packages(["broken_package"]) == ["broken_package (libcudart.so: no such file)"]
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert needs.missing_packages(["nvidia.dali"]) == ["nvidia-dali-cuda130"]

@@ -65,7 +65,7 @@ def test_a_step_that_is_not_finite_is_named_with_its_samples(
     with pytest.raises(FloatingPointError, match="loss or gradients of step 6 are not finite") as error:
         run(picture_shards, tmp_path, "--model.freeze-bn", "--optim.lr", "1e-4")
     assert f"samples [{poisoned[0]}] of this process's 8" in str(error.value)
-    assert "go on from an older checkpoint" in str(error.value)
+    assert "--allow-changes with a lower optim.lr" in str(error.value)
     assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [4]
     (path,) = tmp_path.glob("not_finite_step_000006_rank0.pt")
     (part,) = torch.load(path, weights_only=True)
