@@ -20,12 +20,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import model
 from model.codebook import kernels
 from model.codebook.codebook import Codebook
-from pipeline.loader import TrainingBatch
+from pipeline.loader import EvaluationBatch, TrainingBatch
+from tools.runtime import scoring
 from tools.runtime.codes import CodeUsage
 from tools.runtime.config import RunConfig, read_recipe, validated
 from tools.runtime.ema import Ema
 from tools.runtime.meter import Meter
 from tools.runtime.optim import make_optimizer
+from tools.runtime.results import CLEAN
 from tools.runtime.step import train_step
 
 CUDA = torch.device("cuda", 0)
@@ -171,6 +173,33 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
         assert {"loss", "top1_pct", "gradient_norm"} <= meter.report().keys()
         codes.total()
         codes.state_dict()
+
+
+def test_a_validation_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for reading the counts at the end. The corruption core, which is not torch's, gives its images back."""
+    monkeypatch.setattr(kernels, "kernels", lambda: None)
+    asked = []
+
+    def corrupt(images_u8: Tensor, kind: str, severity: int, keys: Tensor, **how: Any) -> Tensor:
+        assert (images_u8.device, len(keys)) == (CUDA, len(images_u8))
+        asked.append((kind, severity))
+        return images_u8.clone()
+
+    monkeypatch.setattr(scoring, "corrupt", corrupt)
+    run = config({})
+    net = model.build(run.model, 3)
+    sample_id = torch.arange(4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move(net)
+        images_u8 = torch.zeros(4, 32, 32, 3, dtype=torch.uint8, device=CUDA)
+        host = torch.zeros(4, dtype=torch.int64)
+        batch = EvaluationBatch(images_u8, host, sample_id, host.bool())
+        cells = [(CLEAN, 0), ("fog", 3)]
+        found = scoring.score(net, [batch, batch], run.pipeline, cells, seed=1, flavour="bethge", device=CUDA)
+    assert found.shape == (2, 3)
+    assert asked == [("fog", 3)] * 2
 
 
 def test_what_waits_and_what_mixes_is_noticed() -> None:
