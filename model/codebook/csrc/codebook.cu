@@ -91,7 +91,7 @@ Plan plan_search(int rows, int64_t codes, int32_t asked, const Device& device) {
       }
     }
   }
-  best.together = wanted == asked && device.together && row_tiles == 1 && best.tile != VQSA_TILE_HOPPER &&
+  best.together = wanted == asked && row_tiles == 1 && best.tile != VQSA_TILE_HOPPER &&
                   best.splits <= device.multiprocessors;
   return best;
 }
@@ -164,8 +164,9 @@ const char* convert_and_search(const Task& task, const Device& device, Stream st
     // Half of L2, or what is asked for first is pushed out by what is asked for last.
     const int ahead = std::min(kAheadBytes, device.l2_bytes / 2 / plan.splits);
     const char* why = nullptr;
-    if (launch_together(why, convert_and_search_codes<T>, blocks, kSweepThreads, search_bytes<T>(), stream, task.z,
-                        task.first, task.prepared, task.work, task.cosine, task.rows, task.codes, plan.splits, ahead)) {
+    if (launch_together(why, device, convert_and_search_codes<T>, blocks, kSweepThreads, search_bytes<T>(), stream,
+                        task.z, task.first, task.prepared, task.work, task.cosine, task.rows, task.codes, plan.splits,
+                        ahead)) {
       searched_together += why == nullptr;
       return why;
     }

@@ -233,41 +233,6 @@ const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_
   return said(cudaGetLastError());
 }
 
-/// A launch whose blocks all run at the same time, so that they can wait for each other. False, with nothing queued,
-/// where that is not certain: a part of the device may be lent to others, and of a graph that is being captured
-/// nothing says where it will run. True with `why` set on an error.
-template <class... P, class... A>
-bool launch_together(const char*& why, void (*kernel)(P...), int blocks, int threads, size_t shared_bytes,
-                     Stream stream, A... arguments) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  int number = 0, multiprocessors = 0, resident = 0;
-  why = said(cudaStreamIsCapturing(stream, &capture));
-  if (why != nullptr) return true;
-  if (capture != cudaStreamCaptureStatusNone) return false;
-  why = allow_shared(kernel, shared_bytes);
-  if (why == nullptr) why = said(cudaGetDevice(&number));
-  if (why == nullptr) why = said(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number));
-  if (why == nullptr)
-    why = said(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes));
-  if (why != nullptr) return true;
-  if (resident * multiprocessors < blocks) return false;
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
-  why = said(error);
-  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return true;
-  why = nullptr;
-  return false;
-}
-
 /// What the choice of tiles depends on.
 struct Device {
   int multiprocessors, shared_bytes, l2_bytes, capability;
@@ -288,6 +253,41 @@ inline const char* device(Device& out) {
   out.capability = major * 10 + minor;
   out.together = together != 0;
   return said(error);
+}
+
+/// A launch whose blocks all run at the same time, so that they can wait for each other. False, with nothing queued,
+/// where that is not certain: a part of the device may be lent to others, and of a graph that is being captured
+/// nothing says where it will run. True with `why` set on an error.
+template <class... P, class... A>
+bool launch_together(const char*& why, const Device& device, void (*kernel)(P...), int blocks, int threads,
+                     size_t shared_bytes, Stream stream, A... arguments) {
+  why = nullptr;
+  if (!device.together) return false;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  int resident = 0;
+  why = said(cudaStreamIsCapturing(stream, &capture));
+  if (why != nullptr) return true;
+  if (capture != cudaStreamCaptureStatusNone) return false;
+  why = allow_shared(kernel, shared_bytes);
+  if (why == nullptr)
+    why = said(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes));
+  if (why != nullptr) return true;
+  if (resident * device.multiprocessors < blocks) return false;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+  why = said(error);
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return true;
+  why = nullptr;
+  return false;
 }
 
 /// Describes a half matrix (rows, pitch) that is loaded in boxes of 64 columns and `box_rows` rows.

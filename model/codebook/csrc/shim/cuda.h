@@ -73,28 +73,25 @@ const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_
   return nullptr;
 }
 
-inline int multiprocessors() {
-  const char* wanted = std::getenv("VQSA_SHIM_MULTIPROCESSORS");
-  return wanted == nullptr ? 4 : std::atoi(wanted);
-}
-
-template <class... P, class... A>
-bool launch_together(const char*& why, void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream,
-                     A... arguments) {
-  why = nullptr;
-  if (planted("alone") || blocks > multiprocessors()) return false;
-  shim::machine().body = [=] { kernel(arguments...); };
-  shim::run_blocks(0, blocks, blocks, threads, shared_bytes);
-  return true;
-}
-
 struct Device {
   int multiprocessors, shared_bytes, l2_bytes, capability;
   bool together;
 };
 inline const char* device(Device& out) {
-  out = {multiprocessors(), 227 * 1024, 50 << 20, 90, true};
+  const char* multiprocessors = std::getenv("VQSA_SHIM_MULTIPROCESSORS");
+  out = {multiprocessors == nullptr ? 4 : std::atoi(multiprocessors), 227 * 1024, 50 << 20, 90,
+         !planted("alone")};
   return nullptr;
+}
+
+template <class... P, class... A>
+bool launch_together(const char*& why, const Device& device, void (*kernel)(P...), int blocks, int threads,
+                     size_t shared_bytes, Stream, A... arguments) {
+  why = nullptr;
+  if (!device.together || blocks > device.multiprocessors) return false;
+  shim::machine().body = [=] { kernel(arguments...); };
+  shim::run_blocks(0, blocks, blocks, threads, shared_bytes);
+  return true;
 }
 
 }  // namespace vqsa::codebook
