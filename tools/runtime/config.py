@@ -181,8 +181,8 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-# What --allow-changes lets differ too: what is read from the configuration at every step, so that the state of a
-# checkpoint fits whatever it is.
+# What --allow-changes lets differ too: the state of a checkpoint fits whatever these are. (Weight decay and momentum do
+# not belong here: they are part of the optimiser's saved state.)
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "epochs",
