@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import model
 import shards
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from model.codebook import codes_used, perplexity
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.normalise import normalise
@@ -208,7 +208,7 @@ def main() -> None:
             warnings.simplefilter("ignore", UserWarning)  # that U(0, 3) with l2 is unwise is the point here
             results[name] = {**environment(), **train(command, choices)}
         if command.out:
-            command.out.write_text(json.dumps({"settings": settings, "variants": results}, indent=1) + "\n")
+            write_result(command.out, {"settings": settings, "variants": results})
     last = command.steps // command.every
     print(
         table(

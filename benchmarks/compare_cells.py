@@ -10,7 +10,6 @@ benchmark kinds.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from tools.runtime.results import CLEAN, Cell, Summary, by_kind, read_csv, summarise
 
 BOUND_POINTS = 0.5
@@ -73,7 +72,7 @@ def main() -> None:
             "top1_pct_made_and_disk": rows,
             "bound_points": BOUND_POINTS,
         }
-        command.out.write_text(json.dumps({**environment(), **record}, indent=1) + "\n")
+        write_result(command.out, {**environment(), **record})
     if "Known" in rows and abs(rows["Known"][0] - rows["Known"][1]) > BOUND_POINTS:
         sys.exit(f"the means over the 15 kinds differ by more than {BOUND_POINTS} points")
 

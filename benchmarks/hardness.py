@@ -17,7 +17,6 @@ benchmark. Shapes: N = photographs, H = W = 224.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from benchmarks.reference import glass_blur_by_numba, reference
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS, corrupt, frost
 
@@ -249,7 +248,7 @@ def score(options: Score) -> None:
         "precision": options.precision,
         **summary(scores.right),
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     print(report(result))
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNGS = ("finetune", "concat", "concat_sa")
@@ -139,7 +139,7 @@ def main() -> None:
     if command.result:
         said = {"epochs": command.epochs or form.epochs, "images": command.images or form.images or "all"}
         shown = {**environment(), "form": command.form, **said, "seeds": form.seeds, "rows": rows}
-        command.result.write_text(json.dumps(shown, indent=1) + "\n")
+        write_result(command.result, shown)
 
 
 if __name__ == "__main__":

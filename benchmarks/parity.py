@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from PIL import Image
 
 from benchmarks.corruptions import photographs
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from benchmarks.reference import glass_blur_by_numba, glass_offsets, reference
 from pipeline.corruptions import HELD_OUT_KINDS, TRAINING_KINDS, apply, draw, frost
 from pipeline.corruptions.fields import noise_parts
@@ -198,8 +197,7 @@ def main() -> None:
         means = " ".join(f"{mean:.5f}" for _, mean in cells)
         print(f"| {kind} | {max(largest for largest, _ in cells)} | {means} |", flush=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, result)
 
 
 if __name__ == "__main__":

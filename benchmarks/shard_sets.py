@@ -28,7 +28,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 import shards
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from benchmarks.shard_reads import ENDS, random_reads, stalls
 from benchmarks.shard_scaling import scaling
 from benchmarks.turns import Rows
@@ -302,7 +302,7 @@ def main() -> None:
         }
     print(_report(result), end="")
     if command.out:
-        command.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(command.out, result)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from tools.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def main() -> None:
     print(json.dumps({k: v for k, v in result.items() if k != "each_minute"}, indent=1))
     if command.out:
         words = f"python benchmarks/soak.py --minutes {command.minutes:g}"
-        command.out.write_text(json.dumps({**environment(), "command": words, **result}, indent=1) + "\n")
+        write_result(command.out, {**environment(), "command": words, **result})
     grown = {name: result[name]["growth_pct"] for name in ("rss_mib", "handles", "threads")}  # type: ignore[index]
     sys.exit(grown["rss_mib"] > LIMIT_PCT or grown["handles"] > 0 or grown["threads"] > 0)
 

@@ -9,7 +9,6 @@ aim is 95 % of it, with less than 2 % of a step spent waiting for data.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 
 import shards
-from benchmarks.environment import environment, percentiles
+from benchmarks.environment import environment, percentiles, write_result
 from tools.profiling.workload import Workload
 from tools.runtime.config import RunConfig, read_recipe, validated
 from tools.runtime.meter import device_memory_gib
@@ -181,7 +180,7 @@ def main() -> None:
             f"python benchmarks/training.py --data {command.data.name} --recipe {command.recipe} "
             f"--batch {command.batch} --steps {command.steps} --repeats {command.repeats} --threads {command.threads}"
         )
-        command.out.write_text(json.dumps({**environment(), "command": words, **result}, indent=1) + "\n")
+        write_result(command.out, {**environment(), "command": words, **result})
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
     validations = [r["step"] for r in logs[1] if "val_score_pct" in r]
     for what, steps_found, wanted in (
         ("steps", [r["step"] for r in logs[1] if "loss" in r], range(1, steps + 1)),
-        ("validations", validations, range(VAL_EVERY, steps + 1, VAL_EVERY)),
+        ("validations", validations, sorted({*range(VAL_EVERY, steps, VAL_EVERY), steps})),
     ):
         if steps_found != list(wanted):
             found.append(f"{what} in the log: {steps_found}")
@@ -174,12 +174,12 @@ def main() -> None:
         result = kill_loop(shards, folder / "runs", chosen.kills, chosen.seed, chosen.steps)
         result["seconds"] = round(time.perf_counter() - began_s, 1)
     if chosen.out:
-        from benchmarks.environment import environment
+        from benchmarks.environment import environment, write_result
 
         command = (
             f"python tests/kill_loop.py --kills {chosen.kills} --seed {chosen.seed} --steps {chosen.steps}"
         )
-        chosen.out.write_text(json.dumps({**environment(), "command": command, **result}, indent=1) + "\n")
+        write_result(chosen.out, {**environment(), "command": command, **result})
     print(f"{result['kills']} kills, differences: {result['differences'] or 'none'}")
     sys.exit(bool(result["differences"]))
 
