@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,17 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run in `out` has logged a step."""
+    from tools.runtime.metrics import read_metrics
+
+    deadline = time.monotonic() + 120
+    while not any(r["step"] >= step for r in read_metrics(out / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

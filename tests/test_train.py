@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TWO_PROCESSES, finish, start, write_pictures
+from conftest import TWO_PROCESSES, finish, start, wait_for_step, write_pictures
 
 import train
 from shards.build import BuildOptions, build
@@ -28,14 +27,6 @@ TINY = ROOT / "tests" / "tiny.toml"
 
 def command(shards: Path, out: Path, *more: str) -> list[str]:
     return ["train.py", "--recipe", str(TINY), "--data", str(shards), "--out", str(out), *more]
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(r["step"] >= step for r in read_metrics(out / "metrics.jsonl")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
