@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,42 +204,61 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(picture_shards: P
     assert "rank 0 of 2 waited 3 s at 127.0.0.1:29811 for all processes to join" in ended.stderr
 
 
-def test_a_silent_process_is_named(tmp_path: Path) -> None:
-    """Stopped, not dead: its connections stay open, and only its beats are missing."""
-    code = (
-        "import os, sys, time, logging\n"
-        "import torch.distributed as dist\n"
-        "from tools.runtime.heartbeat import Heartbeat\n"
-        "logging.basicConfig()\n"
-        "dist.init_process_group('gloo')\n"
-        "with Heartbeat(lost_after_s=3):\n"
-        "    print('beating', flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    processes = []
-    for rank in range(3):
-        numbers = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29812"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                cwd=ROOT,
-                env={**environment(), **numbers},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+BEATING = """
+import logging, signal, time
+import torch.distributed as dist
+from tools.runtime.heartbeat import Heartbeat
+
+def fail(*_):
+    raise ValueError("planted")
+
+signal.signal(signal.SIGUSR1, fail)
+logging.basicConfig()
+dist.init_process_group("gloo")
+with Heartbeat(lost_after_s=3):
+    print("beating", flush=True)
+    time.sleep(60)
+"""
+
+
+def beating(prefix: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+    """Start three processes that only beat, and wait until they do."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    processes = [
+        subprocess.Popen(
+            [*prefix, sys.executable, "-c", BEATING],
+            cwd=ROOT,
+            env={**environment(), **place, "RANK": str(rank), "WORLD_SIZE": "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        for rank in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        while "beating" not in (line := process.stdout.readline()):
+            assert line
+    return processes
+
+
+@pytest.mark.parametrize(("victim", "words"), [(0, "has not answered"), (2, "has not been heard of")])
+def test_a_silent_process_is_named(victim: int, words: str) -> None:
+    """Stopped, not dead: its connections stay open, and only its beats are missing, or its answers."""
+    processes = beating()
     try:
-        for process in processes:
-            assert process.stdout is not None
-            while "beating" not in (line := process.stdout.readline()):
-                assert line
-        processes[2].send_signal(signal.SIGSTOP)
-        for process in processes[:2]:
-            output, _ = process.communicate(timeout=40)
-            assert process.returncode == 1
-            assert f"rank 2 (process {processes[2].pid} on " in output
-            assert "has not been heard of for" in output
+        processes[victim].send_signal(signal.SIGSTOP)
+        time.sleep(1)  # a request of the others to the first one hangs by now
+        if victim == 0:
+            processes[1].send_signal(signal.SIGUSR1)
+        for rank in {0, 1, 2} - {victim}:
+            output, _ = processes[rank].communicate(timeout=20)
+            assert processes[rank].returncode == 1
+            assert f"rank {victim} (process {processes[victim].pid} on " in output
+            assert f"{words} for" in output
+            assert ("ValueError: planted" in output) == (victim == 0 and rank == 1)
     finally:
         for process in processes:
             process.kill()

@@ -2,7 +2,12 @@
 
 Collectives alone would leave the others waiting: NCCL for ten minutes, and then without saying for whom. Every
 process beats into a small key-value store in the first one; the first one watches the beats and posts a verdict,
-which all read with their next beat. A process that fails posts its own error.
+which all read with their next beat. A process that fails posts its own error. Nobody watches the first one so: a
+request to it that stays without an answer is what tells of it, and a second thread waits for that, since the store's
+own timeout ends no read from a connection that is open and silent.
+
+Time is counted in wakings of the thread that watches, not read from a clock: where a scheduler stops all processes for
+an hour and lets them go on, nobody has been silent.
 
 Beats come from a thread of their own: a process that runs and waits for ever is not noticed here. Waits for data have
 their own watchdog; what waits for another process ends when that one is named, or with the collective's timeout.
@@ -17,6 +22,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,9 +54,11 @@ class Heartbeat:
         self._lost_after_s = lost_after_s
         self._interval_s = min(5.0, lost_after_s / 10)
         self._over = threading.Event()
-        self._lock = (
-            threading.Lock()
-        )  # one request at a time: the store's connection is shared by two threads
+        self._lock = threading.Lock()
+        self._requests = 0
+        self._waiting_for = 0
+        self._left = threading.Event()
+        self._error: BaseException | None = None
         self._store: Any = None
         self._thread: threading.Thread | None = None
         self._rank = self._ranks = 0
@@ -76,6 +85,8 @@ class Heartbeat:
         dist.all_gather_object(places, (os.getpid(), socket.gethostname()), group=group)
         self._places = places
         self._names = [f"rank {rank} (process {pid} on {name})" for rank, (pid, name) in enumerate(places)]
+        if self._rank:
+            threading.Thread(target=self._watch_first, name="vqsa-heartbeat-first", daemon=True).start()
         self._beat(0)
         dist.barrier(group=group)
         self._thread = threading.Thread(target=self._watch, name="vqsa-heartbeat", daemon=True)
@@ -83,6 +94,13 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._end(error)
+        finally:
+            self._left.set()
+
+    def _end(self, error: BaseException | None) -> None:
+        self._error = error
         if error is not None:
             # What is closed after this may wait for ever: for a broken collective, for a mount that hangs.
             self._last = threading.Timer(self._lost_after_s + _CLEAN_UP_S, self._last_resort, (error,))
@@ -141,14 +159,14 @@ class Heartbeat:
         if self._store is None:
             return
         try:
-            with self._lock:
+            with self._request():
                 self._store.compare_set(_VERDICT, "", f"{self._names[self._rank]} failed: {message}")
         except (RuntimeError, OSError):
             log.debug("the first process is gone; it will be named")
 
     def _leave(self) -> None:
         try:
-            with self._lock:
+            with self._request():
                 self._store.set(f"beat{self._rank}", "left")
                 if self._rank:
                     return
@@ -159,16 +177,47 @@ class Heartbeat:
         except (RuntimeError, OSError) as error:
             log.debug("leaving: %s", error)
 
-    def _beat(self, count: int) -> None:
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """One request to the store at a time, since threads share its connection; `_watch_first` sees its length."""
         with self._lock:
+            self._requests += 1
+            self._waiting_for = self._requests
+            try:
+                yield
+            finally:
+                self._waiting_for = 0
+
+    def _watch_first(self) -> None:
+        """End this process once the first one has left a request without an answer for lost_after_s."""
+        request, wakings = 0, 0
+        while not self._left.wait(self._interval_s):
+            before, request = request, self._waiting_for
+            wakings = wakings + 1 if request == before else 0
+            silent_s = wakings * self._interval_s
+            if request and silent_s >= self._lost_after_s:
+                if self._error is not None:
+                    traceback.print_exception(self._error)
+                log.critical(
+                    "%s: %s has not answered for %.0f s: dead, stopped or cut off; this process ends too",
+                    self._names[self._rank],
+                    self._names[0],
+                    silent_s,
+                )
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(EXIT_CODE)
+
+    def _beat(self, count: int) -> None:
+        with self._request():
             self._store.set(f"beat{self._rank}", str(count))
 
     def _beats(self) -> list[str]:
-        with self._lock:
+        with self._request():
             return [v.decode() for v in self._store.multi_get([f"beat{r}" for r in range(self._ranks)])]
 
     def _verdict(self) -> str:
-        with self._lock:
+        with self._request():
             return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
 
     def _told(self) -> str:
@@ -181,20 +230,18 @@ class Heartbeat:
     def _watch(self) -> None:
         count = 0
         last = [""] * self._ranks
-        heard_s = [time.monotonic()] * self._ranks
+        heard = [0] * self._ranks
         while not self._over.wait(self._interval_s):
             count += 1
             try:
                 self._beat(count)
                 if self._rank == 0:
-                    now_s = time.monotonic()
                     for rank, beat in enumerate(self._beats()):
                         if beat != last[rank] or beat == "left":
-                            last[rank], heard_s[rank] = beat, now_s
+                            last[rank], heard[rank] = beat, count
                         elif not self._runs(rank):
                             self._accuse(rank, "no longer runs: killed or crashed")
-                        elif now_s - heard_s[rank] > self._lost_after_s:
-                            silent_s = now_s - heard_s[rank]
+                        elif (silent_s := (count - heard[rank]) * self._interval_s) >= self._lost_after_s:
                             self._accuse(
                                 rank, f"has not been heard of for {silent_s:.0f} s: dead, stopped or cut off"
                             )
@@ -213,7 +260,7 @@ class Heartbeat:
                 os._exit(EXIT_CODE)
 
     def _accuse(self, rank: int, what: str) -> None:
-        with self._lock:
+        with self._request():
             self._store.compare_set(_VERDICT, "", f"{self._names[rank]} {what}")
 
 
