@@ -78,6 +78,37 @@ def ends_of_range(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, T
     return codes_KD[torch.randint(k, (n,), generator=g)].roll(1, 1), codes_KD
 
 
+def beside_huge(g: torch.Generator, n: int, k: int, d: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Codes ±huge and ±tiny about a centre of zero, and features near it that only the tiny ones can win.
+
+    In units in which the huge ones are 1, ½‖e‖² of the tiny ones is close to the end of float32's range: it rounds
+    to two numbers that lie farther apart than the products with features.
+    """
+    norm_K1 = 1 + 2.0**-10 * torch.tensor([0.245, 0.255])[torch.randint(2, (k, 1), generator=g)]
+    codes_KD = gaussian(g, k, d)
+    codes_KD[:, 0] = 0
+    codes_KD = 2.0**-69 * norm_K1 * torch.nn.functional.normalize(codes_KD, dim=1)
+    huge = k // 8 // 2 * 2
+    codes_KD[:huge] = 0
+    codes_KD[:huge, 0] = 1
+    codes_KD[1::2] = -codes_KD[: k // 2 * 2 : 2]
+    z_ND = 2.0**-82 * torch.nn.functional.normalize(gaussian(g, n, d), dim=1)
+    z_ND *= torch.logspace(-2, 1, n, base=2)[:, None]
+    return scale * z_ND, scale * codes_KD
+
+
+def beside_one(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    return beside_huge(g, n, k, d, 1.0)
+
+
+def beside_million(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    return beside_huge(g, n, k, d, 2.0**20)
+
+
+def beside_quadrillion(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    return beside_huge(g, n, k, d, 2.0**50)
+
+
 def all_equal(g: torch.Generator, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return torch.ones(n, d), torch.ones(k, d)
 
@@ -86,7 +117,7 @@ Case = Callable[[torch.Generator, int, int, int], tuple[Tensor, Tensor]]
 CASES: list[Case] = [
     lambda g, n, k, d: (gaussian(g, n, d), gaussian(g, k, d)),
     relu, uniform_1n, centres, duplicates, near_duplicates, last_bit_duplicates, collapsed,
-    offset, norms, norms_of_features, ends_of_range,
+    offset, norms, norms_of_features, ends_of_range, beside_one, beside_million, beside_quadrillion,
 ]  # fmt: skip
 NAMES = ["gaussian", *(case.__name__ for case in CASES[1:])]
 

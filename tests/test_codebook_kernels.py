@@ -29,7 +29,17 @@ from model.codebook.kernels import (
 )
 from model.codebook.search import search_in_blocks
 from tests.codebook_shim import CSRC
-from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
+from tests.hostile_codebooks import (
+    CASES,
+    NAMES,
+    Case,
+    all_equal,
+    collapsed,
+    data,
+    gaussian,
+    near_duplicates,
+    relu,
+)
 
 # Shapes: N = features, K = codes, D = feature dimension.
 
@@ -69,6 +79,35 @@ def check(
 def test_exact_on_hostile_data(shim: Kernels, case: Case, metric: str, tile: str) -> None:
     candidates, scanned = check(shim, *data(case, 63, 301, 130), metric, TILES[tile])
     assert candidates >= 63 - scanned
+
+
+def test_exact_where_half_the_square_of_a_code_underflows(shim: Kernels) -> None:
+    """Codes ±1 make the units; between the others decide digits that float32 loses of ½‖e‖² there."""
+    a, b = (2.0**-69 * (1 + share * 2.0**-10) for share in (0.255, 0.245))
+    codes_62 = torch.tensor([[1, 0], [-1, 0], [a, 0], [-a, 0], [0, b], [0, -b]])
+    for scale in (1.0, 2.0**20, 2.0**50):
+        check(shim, scale * torch.tensor([[2.0**-82.3, 0]]), scale * codes_62)
+
+
+@pytest.mark.parametrize("tile", [*TILES, "hopper"])
+def test_exact_over_all_magnitudes(shim: Kernels, tile: str) -> None:
+    """Codebooks with a centre near zero, code norms and features over 100 octaves; against brute force."""
+    g = torch.Generator().manual_seed(11)
+    for _ in range(60):
+        octave_S1 = torch.randint(-90, 1, (20, 1), generator=g).repeat_interleave(2, 0).double()
+        octave_S1[4:] = octave_S1[4] - torch.rand(36, 1, generator=g).double() / 512
+        half_SD = gaussian(g, 20, 2).double()
+        half_SD /= half_SD.norm(dim=1, keepdim=True)
+        codes_KD = (half_SD.repeat_interleave(2, 0) * 2**octave_S1).float()
+        codes_KD[1::2] *= -1
+        codes_KD[:2] = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        z_ND = gaussian(g, 64, 2) * 2.0 ** torch.randint(-100, 1, (64, 1), generator=g)
+        shift = 2.0 ** int(torch.randint(-20, 60, (1,), generator=g))
+        z_ND, codes_KD = z_ND * shift, codes_KD * shift
+        exact_NK = (z_ND.double()[:, None] - codes_KD.double()).square().sum(2)
+        code = {**TILES, "hopper": TILE_HOPPER}[tile]
+        found = shim.search(z_ND, codes_KD, False, shim.prepare(codes_KD, False), tile=code)
+        assert torch.equal(found.index_N, exact_NK.argmin(1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)

@@ -83,6 +83,7 @@ constexpr int kFoldWidth = 512;  // sums of a distance held in shared memory
 constexpr int kMaxDim = kFoldWidth << 5;
 constexpr int kRowThreads = 128;  // threads of a block that works on one row
 constexpr int kListPlaces = 16;   // candidates per feature and block
+constexpr int kMostLift = 60;     // a feature's units are at most 2^this times finer than the codebook's
 
 /// Bits whose order as unsigned integers is that of the floats.
 VQ_DEVICE uint32_t ordered(float value) {

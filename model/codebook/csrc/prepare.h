@@ -8,7 +8,7 @@ namespace vqsa::codebook {
 constexpr int kCentreChunks = 64;
 constexpr double kUpwards = 1.0 + 0x1p-20;  // more than the rounding to float32 and of the float32 formulas takes
 
-/// The least float32 that is surely not below `bound`, but for underflow (which kTiny of search.h covers).
+/// The least float32 that is surely not below `bound`, but for underflow (which kTiny of sweep.h covers).
 VQ_DEVICE float upper(double bound) { return static_cast<float>(bound * kUpwards); }
 
 /// Relative error that a tensor core may make in a dot product of `dim` products that are exact in float32.
@@ -182,7 +182,7 @@ VQ_DEVICE void shadow_feature(const Rows& z, int64_t row_of_z, const Prepared& p
   int exponent = unit;
   if (!settled && largest > 0) {
     exponent = 14 - leading_bit(largest);
-    exponent = exponent > unit + 60 ? unit + 60 : exponent;
+    exponent = exponent > unit + kMostLift ? unit + kMostLift : exponent;
   }
   auto row = [&](int j) { return settled ? 0.0 : vector(j) - prepared.centre[j]; };
   const ShadowSums sums =

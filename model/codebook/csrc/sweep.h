@@ -133,7 +133,11 @@ VQ_DEVICE void sweep(unsigned char* stages, const uint16_t* features, const int3
 
 /// The bounds of a score, ½‖e‖² − z·e in the units of the feature, from the product of the shadows.
 constexpr float kSquareRate = 0x1p-21f;  // rounding of ½‖e‖² and of the steps below
-constexpr float kTiny = 0x1p-100f;       // underflow, gradual or to zero
+/// What underflow may take, gradual or to zero: 2^-150 wherever a float32 is rounded, times what it is multiplied with
+/// afterwards. That is most for ½‖e‖², times a weight of up to 2^kMostLift: 2^-90. ‖ê‖ and the error of a code are
+/// multiplied with norms of features (<= 2^22), those with norms of codes (<= 2^28), and the steps below with nothing.
+/// All that together stays below 2^-120.
+constexpr float kTiny = 0x1p-88f;
 struct Bounds {
   float lower, upper;
   VQ_DEVICE Bounds(float product, const Code& code, const Feature& feature) {
