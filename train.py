@@ -32,7 +32,7 @@ from tools.runtime.device import loader_device_id
 from tools.runtime.ema import Ema
 from tools.runtime.guard import FiniteGuard, not_finite
 from tools.runtime.heartbeat import Heartbeat
-from tools.runtime.interrupt import Stop, StopRequest, end_at_once_when_asked
+from tools.runtime.interrupt import Stop, StopRequest, end_at_once_when_asked, ignore_signals
 from tools.runtime.launch import as_configured, collective_timeout_s, make_accelerator, set_up_log
 from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
 from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
@@ -357,6 +357,8 @@ def main() -> None:
         code = train(parse_command(TrainCommand))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
+    finally:
+        ignore_signals()
     sys.exit(code)
 
 

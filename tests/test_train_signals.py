@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import start, wait_for_step
+from conftest import ROOT, environment, start, wait_for_step
 
 from tools.runtime import checkpoint
 
@@ -30,3 +33,71 @@ def test_torchrun_passes_the_signals_on_that_it_is_told_to(picture_shards: Path,
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["exit_code"] == 75
     assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [status["step"]]
+
+
+def test_a_signal_to_a_process_that_ends_does_not_change_its_code() -> None:
+    """Sent as late as Python code can: from an object that goes with its module."""
+    script = (
+        "import os, sys, train\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, process=os.getpid):\n"
+        "        for number in (10, 15, 2):\n"
+        "            kill(process(), number)\n"
+        "def ended(command):\n"
+        "    if code == 1:\n"
+        "        raise ValueError('what went wrong')\n"
+        "    return code\n"
+        "train.train, train.parse_command = ended, lambda command: None\n"
+        "for code in (75, 1):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        late = Late()\n"
+        "        train.main()\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.stdout.split() == ["75", "1"], ended.stderr
+    assert "train.py: what went wrong" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("srun", "status", "left", "requeued"),
+    [
+        (75, None, None, True),
+        (143, 75, None, True),  # one process was killed while the others ended
+        (0, 0, None, False),
+        (130, 130, None, False),
+        (1, None, 75, False),  # a start that failed: the status is an earlier one's
+        (143, None, None, False),
+    ],
+)
+def test_the_slurm_script_requeues_what_is_to_go_on(
+    tmp_path: Path, srun: int, status: int | None, left: int | None, requeued: bool
+) -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    script = "#!/bin/bash\n#SBATCH" + text.partition("```bash\n#!/bin/bash\n#SBATCH")[2].partition("```")[0]
+    (tmp_path / "job.sh").write_text(script)
+    out, said = tmp_path / "runs" / "r50", tmp_path / "said"
+    out.mkdir(parents=True)
+    if left is not None:
+        (out / "status.json").write_text(json.dumps({"exit_code": left}) + "\n")
+    write = (
+        f"echo '{json.dumps({'exit_code': status, 'step': 3})}' > runs/r50/status.json\n"
+        if status is not None
+        else ""
+    )
+    pretended = {"srun": f"{write}exit {srun}\n", "scontrol": f"echo $1 $2 >> {said}\n"}
+    for name, body in pretended.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + body)
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
+    ended = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=variables, capture_output=True, timeout=60)
+    assert ended.returncode == (75 if requeued else srun)
+    assert said.read_text().splitlines() == ["show hostnames", *(["requeue 7"] if requeued else [])]

@@ -47,6 +47,16 @@ def end_at_once_when_asked() -> None:
             signal.signal(number, lambda *_: os._exit(Stop.PREEMPTED.exit_code))
 
 
+def ignore_signals() -> None:
+    """Ignore from here on what a run answers to: the process ends, with a code that says how the run did.
+
+    Python gives its own handlers up before it is done with ending, and a scheduler's next signal would then put
+    another code in the place of this one. What is ignored stays ignored.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Collects reasons to stop. A context manager: inside it SIGINT, SIGTERM and SIGUSR1 are requests.
 
