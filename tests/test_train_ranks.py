@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import environment
 
-from tools.runtime import watchdog
+from tools.runtime import heartbeat, watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIES = {"rate_img_s", "data_wait_pct", "memory_gib", "host_gib"}
@@ -221,8 +223,8 @@ with Heartbeat(lost_after_s=3):
 """
 
 
-def beating(prefix: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
-    """Start three processes that only beat, and wait until they do."""
+def beating(*prefixes: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+    """Start processes that only beat, each by its own command, and wait until they do."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
@@ -230,12 +232,12 @@ def beating(prefix: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
         subprocess.Popen(
             [*prefix, sys.executable, "-c", BEATING],
             cwd=ROOT,
-            env={**environment(), **place, "RANK": str(rank), "WORLD_SIZE": "3"},
+            env={**environment(), **place, "RANK": str(rank), "WORLD_SIZE": str(len(prefixes))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(3)
+        for rank, prefix in enumerate(prefixes)
     ]
     for process in processes:
         assert process.stdout is not None
@@ -247,7 +249,7 @@ def beating(prefix: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
 @pytest.mark.parametrize(("victim", "words"), [(0, "has not answered"), (2, "has not been heard of")])
 def test_a_silent_process_is_named(victim: int, words: str) -> None:
     """Stopped, not dead: its connections stay open, and only its beats are missing, or its answers."""
-    processes = beating()
+    processes = beating((), (), ())
     try:
         processes[victim].send_signal(signal.SIGSTOP)
         time.sleep(1)  # a request of the others to the first one hangs by now
@@ -262,3 +264,34 @@ def test_a_silent_process_is_named(victim: int, words: str) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+CONTAINER = ("unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def test_a_process_of_another_container_is_not_looked_up_by_its_number() -> None:
+    """Both have the machine's name. The second is process 2 of its container, and the first one's has no process 2."""
+    if not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"], check=False).returncode:
+        pytest.skip("this machine lets nobody make name spaces for processes (unshare --map-root-user --pid)")
+    processes = beating(CONTAINER, (*CONTAINER, "sh", "-c", '"$@"; true', "sh"))
+    try:
+        time.sleep(1.5)  # five beats
+        assert [process.poll() for process in processes] == [None, None]
+        processes[1].kill()  # with it all of its container
+        output, _ = processes[0].communicate(timeout=20)
+        assert "rank 1 (process 2 on " in output
+        assert "has not been heard of for" in output
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_numbers_of_processes_say_nothing_where_proc_is_of_another_name_space(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert re.fullmatch(r"\S{36} pid:\[\d+\]", heartbeat.pid_space())
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert heartbeat.pid_space() == ""
+    one = heartbeat.Heartbeat(lost_after_s=3)
+    one._places = [(2**22 + 1, heartbeat.pid_space())]  # more than any number of a process
+    assert one._runs(0), "it is not known to be gone"

@@ -63,6 +63,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         self._rank = self._ranks = 0
         self._places: list[tuple[int, str]] = []
+        self._here = pid_space()
         self._names = [f"rank 0 (process {os.getpid()} on {socket.gethostname()})"]
         self._last: threading.Timer | None = None
 
@@ -82,9 +83,9 @@ class Heartbeat:
         if self._store is None:
             self._store = TCPStore(host, port[0], is_master=False, timeout=patience)
         places: list[Any] = [None] * self._ranks
-        dist.all_gather_object(places, (os.getpid(), socket.gethostname()), group=group)
-        self._places = places
-        self._names = [f"rank {rank} (process {pid} on {name})" for rank, (pid, name) in enumerate(places)]
+        dist.all_gather_object(places, (os.getpid(), self._here, socket.gethostname()), group=group)
+        self._places = [(pid, space) for pid, space, _ in places]
+        self._names = [f"rank {rank} (process {pid} on {name})" for rank, (pid, _, name) in enumerate(places)]
         if self._rank:
             threading.Thread(target=self._watch_first, name="vqsa-heartbeat-first", daemon=True).start()
         self._beat(0)
@@ -143,9 +144,9 @@ class Heartbeat:
         os._exit(EXIT_CODE)
 
     def _runs(self, rank: int) -> bool:
-        """Whether a process runs, as far as can be told: of another machine it cannot."""
-        pid, host = self._places[rank]
-        return host != socket.gethostname() or _runs(pid)
+        """Whether a process runs, as far as can be told: of another machine or container it cannot."""
+        pid, space = self._places[rank]
+        return not space or space != self._here or _runs(pid)
 
     def _gone(self) -> str:
         """Name a process of this machine that no longer runs."""
@@ -262,6 +263,19 @@ class Heartbeat:
     def _accuse(self, rank: int, what: str) -> None:
         with self._request():
             self._store.compare_set(_VERDICT, "", f"{self._names[rank]} {what}")
+
+
+def pid_space() -> str:
+    """Return what processes share that can look one another up by their numbers; nothing where that cannot be done.
+
+    A host's name does not say it: containers on the host's network share it, and so do machines called localhost.
+    """
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):  # /proc is of another name space
+            return ""
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _runs(pid: int) -> bool:
