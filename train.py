@@ -32,7 +32,13 @@ from tools.runtime.device import loader_device_id
 from tools.runtime.ema import Ema
 from tools.runtime.guard import FiniteGuard, not_finite
 from tools.runtime.heartbeat import Heartbeat
-from tools.runtime.interrupt import Stop, StopRequest, end_at_once_when_asked, ignore_signals
+from tools.runtime.interrupt import (
+    Stop,
+    StopRequest,
+    end_at_once_when_asked,
+    ignore_signals,
+    tell_of_early_end,
+)
 from tools.runtime.launch import as_configured, collective_timeout_s, make_accelerator, set_up_log
 from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
 from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
@@ -78,6 +84,8 @@ def train(command: TrainCommand) -> int:
         )
     total = config.total_steps(len(store))  # refuses a run without a length before anything is set up
     start = starting_point(command.resume, config, store.classes, total, allow_changes=command.allow_changes)
+    if not command.dry_run:
+        tell_of_early_end(config.out, step=0 if start is None else start.step, total=total)
     accelerator = make_accelerator(config)
     if accelerator.is_main_process and not command.dry_run:
         forget_status(config.out)

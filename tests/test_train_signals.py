@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, start, wait_for_step
 
+import model
+import train
 from tools.runtime import checkpoint
+from tools.runtime.config import parse_command
+from tools.runtime.interrupt import end_at_once_when_asked
 
 TINY = "tests/tiny.toml"
 
@@ -65,6 +69,31 @@ def test_a_signal_to_a_process_that_ends_does_not_change_its_code() -> None:
     )
     assert ended.stdout.split() == ["75", "1"], ended.stderr
     assert "train.py: what went wrong" in ended.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_before_the_loop_stands_in_the_status(
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    """Written by the first process; the model is built when the signal comes."""
+    (tmp_path / "status.json").write_text("{}")
+    arguments = ["--recipe", TINY, "--data", str(picture_shards), "--out", str(tmp_path)]
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(model, "build", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setenv("RANK", rank)
+        end_at_once_when_asked()
+        try:
+            train.train(parse_command(train.TrainCommand, arguments))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    if rank == "0":
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["exit_code"], status["step"], status["total"]) == (75, 0, 12)
+        assert "before the first step" in status["why"]
+    else:
+        assert not (tmp_path / "status.json").exists()
 
 
 @pytest.mark.parametrize(

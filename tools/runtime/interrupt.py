@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tools.runtime.metrics import write_status
 
 
 class Stop(IntEnum):
@@ -40,11 +45,34 @@ _SIGNALS = {
 }
 
 
+_early_end: Callable[[], None] | None = None  # writes status.json, until the loop starts
+
+
 def end_at_once_when_asked() -> None:
     """Until the loop starts there is nothing to save: a scheduler's signal ends the process with its code."""
+
+    def end(*_: object) -> None:
+        if _early_end is not None:
+            _early_end()
+        os._exit(Stop.PREEMPTED.exit_code)
+
     for number, reason in _SIGNALS.items():
         if reason is Stop.PREEMPTED:
-            signal.signal(number, lambda *_: os._exit(Stop.PREEMPTED.exit_code))
+            signal.signal(number, end)
+
+
+def tell_of_early_end(out: Path, *, step: int, total: int) -> None:
+    """Let an end before the loop stand in the run's status.json: launchers hide its code. The first process writes it.
+
+    Args:
+        out: the run's folder.
+        step, total: where the run stands, and its length.
+    """
+    global _early_end
+    why = "asked to stop before the first step; go on with --resume auto"
+    status = {"exit_code": Stop.PREEMPTED.exit_code, "step": step, "total": total, "why": why}
+    if os.environ.get("RANK", "0") == "0":
+        _early_end = partial(write_status, out, status)
 
 
 def ignore_signals() -> None:
@@ -76,8 +104,10 @@ class StopRequest:
         self._asked: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
+        global _early_end
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        _early_end = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             # On the CPU whatever the model runs on, so that asking never waits for a GPU.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience_s))

@@ -76,6 +76,7 @@ def forget_status(out: Path) -> None:
 def write_status(out: Path, status: Mapping[str, Any]) -> None:
     """Write how the run ended to status.json, for schedulers that see a launcher's exit code instead of ours."""
     try:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "status.json").write_text(json.dumps(status) + "\n")
     except OSError as error:
         log.error("status.json not written: %s", error)
