@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.codebook import Codebook, kernels, quantize, segment_sum, segment_sum_dense
 from model.codebook.choice import VARIABLE
@@ -114,3 +115,36 @@ def test_codebook_takes_its_usage_and_moving_average_from_the_kernels(
     for a, b in zip(fused, after_steps(), strict=True):
         assert torch.equal(a, b)
     assert fused[1].sum() == 90
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_index_on_another_device_is_refused_before_a_pointer_is_taken(
+    dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorder:
+        device_type, max_dim = "cuda", 100
+
+        def segment_sum(self, *tensors: Tensor) -> Tensor:
+            raise AssertionError(f"kernel with tensors on {[t.device.type for t in tensors[:4]]}")
+
+    recorder = Recorder()
+    monkeypatch.setattr(kernels, "kernels", lambda: recorder)
+    with FakeTensorMode():
+        z_ND, index_N = torch.zeros(4, 3, device="cuda"), torch.zeros(4, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"one device, got cuda:0 and cpu"):
+            (segment_sum_dense if dense else segment_sum)(z_ND, index_N, 2)
+        code_ND, scale = torch.zeros(4, 3), torch.ones((), dtype=torch.float64, device="cuda")
+        with pytest.raises(
+            ValueError, match=r"codes \(4, 3\) on cuda:0, .* got torch.float32 \(4, 3\) on cpu"
+        ):
+            segment_sum_of_differences(code_ND, z_ND, scale, index_N.cuda(), 2)
+        with pytest.raises(
+            ValueError, match=r"float64 scalar on cuda:0 as scale, got torch.float64 \(\) on cpu"
+        ):
+            segment_sum_of_differences(code_ND.cuda(), z_ND, scale.cpu(), index_N.cuda(), 2)
+
+
+@pytest.mark.parametrize(("z", "index"), [(torch.float32, torch.int32), (torch.int64, torch.int64)])
+def test_other_types_are_refused(z: torch.dtype, index: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"index int64, got {z} and {index}; convert first"):
+        segment_sum(torch.zeros(4, 3, dtype=z), torch.zeros(4, dtype=index), 2)

@@ -129,6 +129,8 @@ class Kernels:
             The buffer, uint8.
         """
         codes, dim = codes_KD.shape
+        if prepared is not None and changed_T is not None and len(changed_T) == 0:
+            return prepared  # its address would be null, which means all codes
         if prepared is None:
             prepared = codes_KD.new_empty(self.prepared_bytes(codes, dim, cosine), dtype=torch.uint8)
         with _device(codes_KD.device):

@@ -21,8 +21,8 @@ class PreparedCodebook:
     Without one, each search prepares the codebook first, which reads it twice. Where there are no kernels for
     the codes' device it holds nothing and is ignored.
 
-    A search refuses one whose codes have been written to since, as far as torch counts writes (not those to
-    `codes.data`, nor those of a CUDA graph; then `refresh` is yours to call).
+    A search refuses one whose codes have been written to, or moved, or converted since, as far as torch counts
+    writes (not those into `codes.data`, nor those of a CUDA graph; then `refresh` is yours to call).
 
     Args:
         codes_KD: the codebook, contiguous; it is remembered, not copied.
@@ -30,15 +30,11 @@ class PreparedCodebook:
     """
 
     def __init__(self, codes_KD: Tensor, metric: Metric = "l2") -> None:
-        if codes_KD.ndim != 2 or not codes_KD.is_contiguous():
-            raise ValueError(
-                f"PreparedCodebook needs contiguous codes (K, D), got {tuple(codes_KD.shape)} "
-                f"with strides {codes_KD.stride()}; call contiguous() and keep the result"
-            )
         self.codes_KD = codes_KD
         self.metric = metric
-        self._version = -1
         self._buffer: Tensor | None = None
+        self._prepared_KD: Tensor | None = None
+        self._version = -1
         self.refresh()
 
     @torch.no_grad()
@@ -46,20 +42,57 @@ class PreparedCodebook:
         """Take over changes of the codes.
 
         Args:
-            changed_T: int64, distinct numbers of the codes that changed (such as `segment_sum` returns); only
-                they are read and written. None: all, and the centre is found anew.
+            changed_T: int64, numbers of the codes that changed (such as `segment_sum` returns), on their device;
+                only these are read and written. A number that comes again, or is of no code, does nothing. None,
+                or codes that lie elsewhere or have another type than before: all, and the centre is found anew.
+
+        Raises:
+            ValueError, TypeError: the numbers, or codes that are no longer contiguous, cannot be used.
         """
         codes_KD = self.codes_KD.detach()
+        if codes_KD.ndim != 2 or not codes_KD.is_contiguous():
+            raise ValueError(
+                f"PreparedCodebook needs contiguous codes (K, D), got {tuple(codes_KD.shape)} "
+                f"with strides {codes_KD.stride()}; call contiguous() and keep the result"
+            )
+        if changed_T is not None:
+            changed_T = _each_once(changed_T, codes_KD)
         kernels = kernels_for(codes_KD, "auto")
-        if kernels is not None:
+        if kernels is None:
+            self._buffer = None
+        else:
+            if not self._in_place():
+                changed_T = None
+                if not self._fits(codes_KD):
+                    self._buffer = None
             self._buffer = kernels.prepare(codes_KD, self.metric == "cosine", self._buffer, changed_T)
-        self._version = self.codes_KD._version
+        # Not only its address: memory that is held cannot become another tensor's.
+        self._prepared_KD = codes_KD
+        self._version = codes_KD._version
+
+    def _fits(self, codes_KD: Tensor) -> bool:
+        """Whether the buffer's device and size are right for these codes."""
+        before_KD = self._prepared_KD
+        return before_KD is not None and (before_KD.device, before_KD.shape) == (
+            codes_KD.device,
+            codes_KD.shape,
+        )
+
+    def _in_place(self) -> bool:
+        """Whether the codes are where they were when they were prepared, and of the same type."""
+        now_KD, before_KD = self.codes_KD, self._prepared_KD
+        return (
+            before_KD is not None
+            and (now_KD.device, now_KD.dtype, now_KD.shape, now_KD.stride())
+            == (before_KD.device, before_KD.dtype, before_KD.shape, before_KD.stride())
+            and now_KD.data_ptr() == before_KD.data_ptr()
+        )
 
     def buffer_for(self, codes_KD: Tensor, metric: str) -> Tensor | None:
         """The buffer, if it is of these codes as they are now.
 
         Raises:
-            ValueError: it is of another codebook or metric, or the codes were written to.
+            ValueError: it is of another codebook or metric, or the codes were written to, moved or converted.
         """
         own_KD = self.codes_KD
         if codes_KD is not own_KD and (
@@ -76,6 +109,33 @@ class PreparedCodebook:
             raise ValueError(
                 f"the codebook was prepared for {self.metric!r}, the search is by {metric!r}; prepare one for each"
             )
+        if not self._in_place():
+            raise ValueError(
+                "the codes were moved or converted since they were prepared (now "
+                f"{own_KD.dtype} on {own_KD.device}); call refresh() first"
+            )
         if own_KD._version != self._version:
             raise ValueError("the codes were written to since they were prepared; call refresh() first")
         return self._buffer
+
+
+def _each_once(changed_T: Tensor, codes_KD: Tensor) -> Tensor:
+    """The numbers as the kernels want them, without waiting for the device.
+
+    Two blocks at one code would write the same bytes, but both would count it as broken. What comes again becomes
+    −1, which the kernel leaves out as it does every number of no code.
+    """
+    if changed_T.ndim != 1 or changed_T.dtype != torch.int64:
+        raise TypeError(
+            f"refresh needs the numbers of the changed codes as int64 (T,), got {changed_T.dtype} "
+            f"{tuple(changed_T.shape)}"
+        )
+    if changed_T.device != codes_KD.device:
+        raise ValueError(
+            f"refresh needs the numbers of the changed codes on the codes' device, {codes_KD.device}, "
+            f"got them on {changed_T.device}; move them"
+        )
+    sorted_T = changed_T.sort().values
+    again_T = sorted_T[1:] == sorted_T[:-1]
+    sorted_T[1:].masked_fill_(again_T, -1)
+    return sorted_T

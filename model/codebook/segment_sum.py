@@ -16,13 +16,15 @@ from torch import Tensor
 
 from model.codebook.kernels import Kernels, kernels_for
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def segment_sum(z_ND: Tensor, index_N: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """Sum the features of each code that has any.
 
     Args:
         z_ND: features, float32 or float64; N may be 0.
-        index_N: int64 code of each feature in [0, codes); a feature with a negative one is left out.
+        index_N: int64 on the same device, code of each feature in [0, codes); one with a negative code is left out.
         codes: number of codes K.
 
     Returns:
@@ -30,7 +32,7 @@ def segment_sum(z_ND: Tensor, index_N: Tensor, codes: int) -> tuple[Tensor, Tens
         sum_TD: dtype of z_ND, the sum of each.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError, TypeError: the shapes, devices or dtypes do not fit.
 
     Waits for the device on CUDA, since T is not known before; `segment_sum_dense` does not.
     """
@@ -80,10 +82,20 @@ def segment_sum_of_differences(
         sum_KD: float32, zero for a code without features.
     """
     _check(z_ND, index_N, codes)
+    if (code_ND.shape, code_ND.device, code_ND.dtype) != (z_ND.shape, z_ND.device, torch.float32):
+        raise ValueError(
+            f"segment_sum_of_differences needs float32 codes {tuple(z_ND.shape)} on {z_ND.device}, as the features, "
+            f"got {code_ND.dtype} {tuple(code_ND.shape)} on {code_ND.device}"
+        )
+    if (scale.ndim, scale.device, scale.dtype) != (0, z_ND.device, torch.float64):
+        raise ValueError(
+            f"segment_sum_of_differences needs a float64 scalar on {z_ND.device} as scale, got {scale.dtype} "
+            f"{tuple(scale.shape)} on {scale.device}"
+        )
     kernels = kernels_for(z_ND, "auto")
     if kernels is not None:
         sorted_N, order_N = _sorted(index_N)
-        return _fused(kernels, z_ND, order_N, sorted_N, codes, code_ND, scale)
+        return _fused(kernels, z_ND, order_N, sorted_N, codes, code_ND.contiguous(), scale)
     return segment_sum_dense((code_ND - z_ND.float()) * scale.float(), index_N, codes)
 
 
@@ -92,6 +104,15 @@ def _check(z_ND: Tensor, index_N: Tensor, codes: int) -> None:
         raise ValueError(
             f"segment_sum needs z (N, D), index (N,) and at least one code, got {tuple(z_ND.shape)}, "
             f"{tuple(index_N.shape)} and {codes}"
+        )
+    if z_ND.device != index_N.device:
+        raise ValueError(
+            f"segment_sum needs z and index on one device, got {z_ND.device} and {index_N.device}; move one"
+        )
+    if z_ND.dtype not in _DTYPES or index_N.dtype != torch.int64:
+        raise TypeError(
+            f"segment_sum needs z of a floating type (float16, bfloat16, float32 or float64) and index int64, got "
+            f"{z_ND.dtype} and {index_N.dtype}; convert first"
         )
 
 
