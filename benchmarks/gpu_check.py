@@ -11,9 +11,9 @@ Photographs come from VQSA_DATA (imagenet-sample, or imagenette-112), else from 
 which. Nothing is run where packages or native parts are missing that the chosen steps need: all are named.
 
 The times in --help are estimates for one H100 with 16 cores. Where a command may take ten minutes, these fit with the
-tests that they bring: `--only corruptions codebook`; `--only loader evaluation`; `--only training`; `--only profile`;
-`--only` with one sanitizer step, or the two of a tool where they turn out faster. All tests together fill such a call.
-`--budget-s 570` leaves out what no longer fits.
+tests that they bring: `--only corruptions codebook`; `--only loader evaluation tests-nccl`; `--only training`;
+`--only profile`; `--only` with one sanitizer step, or the two of a tool where they turn out faster. All tests together
+take two such calls. `--budget-s 570` leaves out what no longer fits.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _ROOMS = {
     "loader": (("pipeline_gpu",), ("-k", "not (training or evaluation)"), 60),
     "evaluation": (("pipeline_gpu",), ("-k", "evaluation"), 40),
     "training": (("pipeline_gpu",), ("-k", "training"), 200),
+    "nccl": (("train_nccl",), (), 150),
     "profile": (("profile_gpu",), (), 60),
 }
 # Small cases, since every access is watched; all tiles of the codebook's kernels, Hopper's among them.
@@ -158,6 +159,7 @@ def all_steps(work: Path, source: Path) -> list[Step]:
         tests("training"),
         Step("shards", shards, 20, 120, entries=("tools/build_shards.py",), modules=_BUILDING),
         benchmark("training", "training", 150, "--data", shard_set, *data, "--no-tests", needs=("shards",)),
+        tests("nccl"),
         tests("profile"),
         Step(
             *("profile", profile, 300, 540, ("tests-profile",), ("shards",), work / "profile.json"),
