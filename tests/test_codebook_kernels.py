@@ -384,6 +384,15 @@ def test_impl_for_cuda_without_cuda_says_so(impl: Literal["cuda", "hopper"]) -> 
         nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), impl=impl)
 
 
+def test_a_library_built_for_another_device_says_that_it_is_of_no_use(
+    shim: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable = shim._lib.vqsa_codebook_usable
+    assert usable() == 1
+    monkeypatch.setenv("VQSA_SHIM_FAULT", "foreign")
+    assert usable() == 0
+
+
 def test_built_library_loads_without_a_driver_and_says_what_is_missing() -> None:
     built = kernels.kernels()
     if built is None:
@@ -391,6 +400,7 @@ def test_built_library_loads_without_a_driver_and_says_what_is_missing() -> None
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     assert built.max_dim >= 2048
+    assert built._lib.vqsa_codebook_usable() == 0
     with pytest.raises(RuntimeError, match="codebook kernels: asking for the device: "):
         built.workspace_bytes(1, 1, 1, False)
 

@@ -223,6 +223,13 @@ multiply(const uint16_t* features, const int32_t* numbers, int rows, const uint1
   sweep<T>(shared_memory(), features, own, codes, pitch, code_count, 0, tiles, done);
 }
 
+template <class... Kernels>
+const char* load_all(Kernels... kernels) {
+  const char* why = nullptr;
+  (void)((why = load(kernels), why == nullptr) && ...);
+  return why;
+}
+
 }  // namespace
 }  // namespace vqsa::codebook
 
@@ -233,6 +240,15 @@ const char* vqsa_codebook_last_error() { return last_error.c_str(); }
 int64_t vqsa_codebook_max_dim() { return kMaxDim; }
 
 int64_t vqsa_codebook_together() { return searched_together; }
+
+int vqsa_codebook_usable() {
+  const char* why = load_all(
+      norm_codes, sum_codes, centre_codes, shadow_codes, shadow_features, search_codes<Large>, search_codes<LargeShort>,
+      search_codes<Small>, convert_and_search_codes<Large>, convert_and_search_codes<LargeShort>,
+      convert_and_search_codes<Small>, search_codes_hopper, rescan_codes<Small>, resolve_codes, clear_rows, sum_runs,
+      join_runs);
+  return why == nullptr;
+}
 
 int vqsa_codebook_capability(int32_t* capability) {
   Device found;

@@ -17,6 +17,10 @@ VQSA_API int64_t vqsa_codebook_max_dim();
 /// Searches of this process so far that converted their features in the launch of the search.
 VQSA_API int64_t vqsa_codebook_together();
 
+/// Whether this library has code for the current device: 1, or 0 where it was built for others or there is none.
+/// Loads the kernels, so that none is used for the first time while a graph is captured. Leaves no error behind.
+VQSA_API int vqsa_codebook_usable();
+
 /// Compute capability of the current device, 90 for 9.0.
 VQSA_API int vqsa_codebook_capability(int32_t* capability);
 

@@ -226,6 +226,13 @@ const char* allow_shared(void (*kernel)(P...), size_t shared_bytes) {
   return said(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
 }
 
+/// Loads a kernel, which needs and makes current the device's context; says so if there is no code for the device.
+template <class... P>
+const char* load(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  return said(cudaFuncGetAttributes(&attributes, kernel));
+}
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream stream, A... arguments) {
   if (const char* why = allow_shared(kernel, shared_bytes)) return why;

@@ -1,7 +1,8 @@
 // Copies that complete later: cp.async in groups, TMA with its memory barriers.
 //
 // VQSA_SHIM_FAULT plants what a device might do wrong, for tests: "lost", the bytes of some TMA loads never arrive;
-// "swizzle", TMA leaves the pieces of a row in their places; "alone", blocks cannot run side by side.
+// "swizzle", TMA leaves the pieces of a row in their places; "alone", blocks cannot run side by side; "foreign", the
+// library was built for other devices.
 #pragma once
 
 #include "threads.h"

@@ -66,6 +66,11 @@ inline float bits_float(uint32_t word) {
 /// For AddressSanitizer: what is asked for has to be there.
 inline void prefetch(const void* global) { (void)*static_cast<const volatile unsigned char*>(global); }
 
+template <class... P>
+const char* load(void (*)(P...)) {
+  return planted("foreign") ? "no code for this device" : nullptr;
+}
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream, A... arguments) {
   shim::machine().body = [=] { kernel(arguments...); };
