@@ -133,7 +133,7 @@ TWO_PROCESSES = [
     "--num_machines",
     "1",
 ]
-TWO_PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+TWO_PROCESSES += ["--mixed_precision", "no"]
 
 
 def environment() -> dict[str, str]:

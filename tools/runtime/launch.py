@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
-from tools.runtime import affinity, trackers
+from tools.runtime import affinity, launcher, trackers
 from tools.runtime.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Return the Accelerator of this process; binds it to its CPUs first.
 
     Raises:
-        ValueError: the machine cannot do what the configuration asks for.
+        ValueError: the machine cannot do what the configuration asks for, or the launcher asks for something else.
     """
+    launcher.check_settings(config.precision)
     local, processes = (
         int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
     )
@@ -58,6 +59,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
     finally:
         alone.cancel()
+    launcher.check_mode(accelerator.distributed_type)
     if config.sync_bn and accelerator.device.type != "cuda":
         raise ValueError(
             "sync_bn needs GPUs: torch has no synchronised batch normalisation for the CPU; leave it out, or say "
