@@ -80,6 +80,23 @@ def growth(samples: list[dict[str, float]], name: str, settle_s: float, end_s: f
     }
 
 
+def watch(process: subprocess.Popen[bytes], metrics: Path, minutes: float) -> list[dict[str, float]]:
+    """Return what the process holds every few seconds, for so long after its first line of metrics."""
+    samples: list[dict[str, float]] = []
+    began_s: float | None = None
+    while began_s is None or (at_s := time.monotonic() - began_s) < 60 * minutes:
+        if process.poll() is not None:
+            raise RuntimeError(f"training ended with {process.returncode}")
+        if began_s is not None:
+            samples.append({"at_s": at_s, **sample(process.pid)})
+            time.sleep(min(5.0, 0.6 * minutes))
+        elif metrics.is_file() and metrics.stat().st_size:
+            began_s = time.monotonic()
+        else:
+            time.sleep(1)
+    return samples
+
+
 def soak(command: Soak, folder: Path) -> dict[str, object]:
     """Run it; returns the result."""
     data = command.data
@@ -108,22 +125,17 @@ def soak(command: Soak, folder: Path) -> dict[str, object]:
     arguments += ["--images-every", "200", "--optim.ema-decay", "0.999", "--optim.lr", "1e-4"]
     arguments += ["--pipeline.mixup", "0.2", "--pipeline.cutmix", "1.0", "--checkpoint-async"]
     log = (folder / "log").open("w")
-    process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=log, stderr=log)
-    metrics = run / "metrics.jsonl"
-    while not metrics.is_file() or metrics.stat().st_size == 0:
-        if process.poll() is not None:
-            raise RuntimeError((folder / "log").read_text())
-        time.sleep(1)
-    began_s = time.monotonic()
-    samples: list[dict[str, float]] = []
-    while (at_s := time.monotonic() - began_s) < 60 * command.minutes:
-        if process.poll() is not None:
-            raise RuntimeError((folder / "log").read_text())
-        samples.append({"at_s": at_s, **sample(process.pid)})
-        time.sleep(min(5.0, 0.6 * command.minutes))
-    process.send_signal(signal.SIGTERM)
-    code = process.wait(120)
-    records = [r for r in read_metrics(metrics) if "loss" in r]
+    with subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=log, stderr=log
+    ) as process:
+        try:
+            samples = watch(process, run / "metrics.jsonl", command.minutes)
+        except RuntimeError as error:
+            raise RuntimeError((folder / "log").read_text()) from error
+        finally:
+            process.terminate()
+        code = process.wait(120)
+    records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
     result: dict[str, object] = {
         "minutes": command.minutes,
         "settle_minutes": command.settle_minutes,
@@ -141,6 +153,7 @@ def soak(command: Soak, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     """Run the command line; exit code 1 where memory grew by more than 2 %, or handles or threads at all."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started too
     command = tyro.cli(Soak, description=Soak.__doc__)
     with tempfile.TemporaryDirectory() as name:
         result = soak(command, Path(name))
