@@ -334,15 +334,18 @@ def verify(checkpoint: Checkpoint) -> None:
             )
 
 
+def present(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder that were finished once, whole or damaged, by name."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
+
+
 def complete(folder: Path) -> list[Checkpoint]:
     """Return the whole checkpoints in a folder, oldest first; damaged ones are named in the log.
 
     One that was moved aside comes before the one of its step that took its place.
     """
     found = []
-    for path in sorted(folder.glob("step_*")):
-        if path.suffix == ".tmp":
-            continue
+    for path in present(folder):
         try:
             found.append(read(path))
         except (ValueError, FileNotFoundError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,12 @@ class MetricsFile:
 
     Args:
         path: the file.
-        step: step the run continues from; records of later steps are removed.
+        step: step the run continues from; records of later steps are removed. 0: it starts, and a file that stands
+            there is kept as metrics.1.jsonl or the next number that is free.
         validated: whether the validation of that step was done; if not, its record is removed too.
+
+    Raises:
+        OSError: the file cannot be written; the one that stood there is as it was.
     """
 
     def __init__(self, path: Path, step: int, *, validated: bool = True) -> None:
@@ -43,9 +49,17 @@ class MetricsFile:
             for record in read_metrics(path)
             if record["step"] < step or (record["step"] == step and not again & record.keys())
         ]
+        if step == 0:
+            _put_aside(path)
         partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        try:
+            with partial.open("w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise OSError(f"{path} could not be written ({error}); make room and start again") from None
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -63,6 +77,13 @@ class MetricsFile:
             self._file.close()
         except OSError as error:
             log.error("metrics not written to the end: %s", error)
+
+
+def _put_aside(path: Path) -> None:
+    """Rename the log of an earlier start, if it says anything."""
+    if path.is_file() and path.stat().st_size:
+        numbered = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(name for name in numbered if not name.exists()))
 
 
 def forget_status(out: Path) -> None:

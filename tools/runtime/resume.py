@@ -42,18 +42,25 @@ def starting_point(
         allow_changes: whether the settings of CHANGEABLE_ON_RESUME may differ from the checkpoint's.
 
     Raises:
-        ValueError: the folder holds another run, or the checkpoint is of other settings or classes, or damaged.
+        ValueError: the folder holds another run, or the checkpoint is of other settings or classes, or damaged; with
+            "auto", if all are damaged.
         FileNotFoundError: no checkpoint at the path.
     """
     folder = config.out / "checkpoints"
     if resume == "no":
-        if checkpoint.complete(folder):
+        if checkpoint.present(folder):
             raise ValueError(
                 f"{config.out} already holds a run; say --resume auto to go on with it, or choose another --out"
             )
         return None
     if resume == "auto":
         start = checkpoint.newest_sound(folder)
+        damaged = [path.name for path in checkpoint.present(folder)] if start is None else []
+        if damaged:
+            raise ValueError(
+                f"none of the checkpoints in {folder} is whole ({', '.join(damaged)}; the log says what is damaged); "
+                "put a copy of one back, or move them away to start anew"
+            )
     else:
         start = checkpoint.newest(Path(resume))
         checkpoint.verify(start)

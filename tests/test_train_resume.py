@@ -1,0 +1,86 @@
+"""Going on: what a start does to what stands in its folder, and what a resumed run says about the one before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from tools.runtime import checkpoint, metrics
+from tools.runtime.config import parse_command
+from tools.runtime.metrics import MetricsFile, read_metrics
+
+TINY = Path(__file__).resolve().parent / "tiny.toml"
+
+
+def run(shards: Path, out: Path, *more: str) -> int:
+    arguments = ["--recipe", str(TINY), "--data", str(shards), "--out", str(out), *more]
+    return train.train(parse_command(train.TrainCommand, arguments))
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_checkpoints_alone_are_not_overwritten(picture_shards: Path, tmp_path: Path) -> None:
+    short = ("--steps", "2", "--checkpoint-every", "1")
+    assert run(picture_shards, tmp_path, *short) == 0
+    one, two = checkpoint.present(tmp_path / "checkpoints")
+    (one / checkpoint.MODEL_FILE).unlink()
+    model = two / checkpoint.MODEL_FILE
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match=r"none of .* is whole \(step_000001, step_000002; .* to start anew"):
+        run(picture_shards, tmp_path, *short, "--resume", "auto")
+    model.write_bytes(model.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="already holds a run; say --resume auto"):
+        run(picture_shards, tmp_path, *short)
+    model.write_bytes(before["checkpoints/step_000002/" + checkpoint.MODEL_FILE])
+    assert everything(tmp_path) == before
+
+
+def test_a_start_keeps_the_log_that_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for loss in (1.0, 2.0, 3.0):
+        started = MetricsFile(path, 0)
+        started.write({"step": 1, "loss": loss})
+        started.close()
+    logs = {file.name: read_metrics(file) for file in tmp_path.iterdir()}
+    assert {name: records[0]["loss"] for name, records in logs.items()} == {
+        "metrics.1.jsonl": 1.0,
+        "metrics.2.jsonl": 2.0,
+        "metrics.jsonl": 3.0,
+    }
+    MetricsFile(path, 1).close()
+    assert read_metrics(path) == [{"step": 1, "loss": 3.0}]
+
+
+def test_the_log_is_on_disk_before_it_takes_the_place_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    synced: list[bool] = []
+    fsync, replace = metrics.os.fsync, Path.replace
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(len(read_metrics(tmp_path / "metrics.tmp")) == 2)
+
+    def replacing(file: Path, target: Path) -> Path:
+        assert synced == [True]
+        return replace(file, target)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    with pytest.raises(OSError, match=r"metrics\.jsonl could not be written \(.*No space.*make room"):
+        MetricsFile(path, 2)
+    assert len(read_metrics(path)) == 3
+    monkeypatch.setattr(metrics.os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", replacing)
+    MetricsFile(path, 2).close()
+    assert len(read_metrics(path)) == 2
