@@ -128,6 +128,9 @@ class Recorder:
     def __init__(self) -> None:
         self.changed: list[Tensor | None] = []
 
+    def usable(self, device: torch.device) -> bool:
+        return True
+
     def prepare(
         self, codes_KD: Tensor, cosine: bool, buffer: Tensor | None, changed_T: Tensor | None
     ) -> Tensor:

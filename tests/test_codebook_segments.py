@@ -124,6 +124,9 @@ def test_index_on_another_device_is_refused_before_a_pointer_is_taken(
     class Recorder:
         device_type, max_dim = "cuda", 100
 
+        def usable(self, device: torch.device) -> bool:
+            return True
+
         def segment_sum(self, *tensors: Tensor) -> Tensor:
             raise AssertionError(f"kernel with tensors on {[t.device.type for t in tensors[:4]]}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ class Kernels:
         ]  # fmt: skip
         self._lib = lib
         self._capabilities: dict[torch.device, int] = {}
+        self._usable: dict[torch.device, bool] = {}
         self.max_dim: int = lib.vqsa_codebook_max_dim()
         lib.vqsa_codebook_together.restype = i64
 
@@ -94,6 +96,36 @@ class Kernels:
                 self._check(self._lib.vqsa_codebook_capability(ctypes.byref(found)))
             self._capabilities[device] = found.value
         return self._capabilities[device]
+
+    def usable(self, device: torch.device) -> bool:
+        """Whether there is code for a device; asked once for each, and a warning says once where there is none."""
+        if device not in self._usable:
+            # Asking loads the kernels, which a capture may not allow.
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return True
+            with _device(device):
+                self._usable[device] = self._lib.vqsa_codebook_usable() == 1
+            if not self._usable[device]:
+                self._warn_foreign(device)
+        return self._usable[device]
+
+    def _warn_foreign(self, device: torch.device) -> None:
+        built = "other devices"
+        if hasattr(self._lib, "vqsa_codebook_architectures"):
+            self._lib.vqsa_codebook_architectures.restype = ctypes.c_char_p
+            built = self._lib.vqsa_codebook_architectures().decode()
+        name, wanted = str(device), "native"
+        if device.type == "cuda":
+            found = torch.cuda.get_device_properties(device)
+            name += f" ({found.name}, compute capability {found.major}.{found.minor})"
+            wanted = f"{found.major}{found.minor}{'a' if found.major == 9 else ''}-real"
+        warnings.warn(
+            f"the codebook kernels cannot run on {name}: they were built for {built}. Torch "
+            "searches instead, slower and with the same answers. To build them for it, where nvcc is found: "
+            f"VQSA_CUDA_ARCHS='{wanted}' pip install --no-build-isolation --no-deps -e .",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def together(self) -> int:
         """Searches of this process so far that converted their features in the launch of the search."""
@@ -241,10 +273,12 @@ def kernels_for(z_ND: Tensor, impl: str) -> Kernels | None:
         ValueError: impl is "cuda" or "hopper" and there are none that can do it.
     """
     found = None if impl == "torch" else kernels()
-    if found is not None and z_ND.device.type == found.device_type and z_ND.shape[1] <= found.max_dim:
+    fits = found is not None and z_ND.device.type == found.device_type and z_ND.shape[1] <= found.max_dim
+    if found is not None and fits and found.usable(z_ND.device):
         return found
     if impl in ("cuda", "hopper"):
         built = "built without nvcc" if found is None else f"for up to {found.max_dim} dimensions"
+        built = "built for other devices" if fits else built
         raise ValueError(
             f"nearest_code with impl {impl!r} needs CUDA tensors and the CUDA kernels ({built}), got "
             f"{tuple(z_ND.shape)} on {z_ND.device}; choose impl 'auto' or 'torch'"
