@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import mmap
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from pipeline.config import PipelineConfig
 from pipeline.loader import TrainingLoader
 from tools.runtime import affinity, checkpoint, launch, step, trackers, watchdog
 from tools.runtime.config import RunConfig, parse_command
-from tools.runtime.guard import FiniteGuard
+from tools.runtime.guard import FiniteGuard, batch_again
 from tools.runtime.meter import Meter, host_memory_gib
 from tools.runtime.metrics import read_metrics
 
@@ -77,6 +78,40 @@ def test_a_step_that_is_not_finite_is_named_with_its_samples(
     assert torch.equal(part["images"], next(loader).images)  # what the stream gave: the NaN came after it
     loader.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
+
+
+def test_a_full_disk_does_not_hide_what_was_not_finite(
+    picture_shards: Path, tmp_path: Path, poisoned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full takes nothing, as a full disk; torch says so in a RuntimeError of its own."""
+    save = torch.save
+
+    def full(content: Any, path: Path) -> None:
+        save(content, "/dev/full" if path.name.startswith("not_finite") else path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(FloatingPointError, match="loss or gradients of step 6 are not finite") as error:
+        run(picture_shards, tmp_path, "--model.freeze-bn", "--optim.lr", "1e-4")
+    assert f"samples [{poisoned[0]}] of this process's 8; its batch could not be written: " in str(
+        error.value
+    )
+    assert re.search(r"written: \S+rank0\.pt: [^\n]+ Nothing was saved since", str(error.value))
+
+
+def test_the_batch_of_a_step_that_was_not_finite_has_all_views(picture_shards: Path) -> None:
+    store = shards.open(picture_shards)
+    config = PipelineConfig(
+        image_size=32, constants="imagenet", batch_global=8, batch_per_gpu=4, threads=1, kinds=(), augmix=2
+    )
+    loader = TrainingLoader(store, config, seed=0)
+    parts = batch_again(loader, 2, store)
+    loader.seek(1)
+    for part in parts:
+        batch = next(loader)
+        assert [len(view) for view in part["augmented"]] == [4, 4]
+        assert all(map(torch.equal, part["augmented"], batch.augmented))
+    loader.close()
+    assert len(parts) == 2
 
 
 def test_no_checkpoint_is_made_of_a_step_that_is_not_finite(

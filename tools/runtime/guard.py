@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,14 @@ class FiniteGuard:
             self.bad_samples = sorted(set(sample_id[~flags[1:]].tolist()))
 
 
-def save_batch(
-    folder: Path, loader: TrainingLoader, step: int, rank: int, store: shards.Store
-) -> tuple[Path, list[int]]:
-    """Write this process's part of the global batch of optimiser step `step` (from 1), made again from the stream.
+def batch_again(loader: TrainingLoader, step: int, store: shards.Store) -> list[dict[str, Any]]:
+    """Return this process's part of the global batch of optimiser step `step` (from 1), made again from the stream.
 
     The loader stands somewhere else afterwards.
 
     Returns:
-        the file, for torch.load, with a list of dicts, one per accumulation part (images, clean_images, labels,
-        sample_id, position, kind, severity, sample), and the sample ids.
+        one dict per accumulation part: images, clean_images, augmented (AugMix's views), labels, sample_id, position,
+        kind, severity, sample; tensors on the CPU.
     """
     loader.seek(step - 1)
     parts = []
@@ -82,10 +80,20 @@ def save_batch(
         part = {name: getattr(batch, name) for name in ("images", "clean_images", "labels", "sample_id", "position",
                                                         "kind", "severity")}  # fmt: skip
         part = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in part.items()}
+        part["augmented"] = [view.cpu() for view in batch.augmented]
         parts.append({**part, "step": step, "sample": [store.location(i) for i in batch.sample_id.tolist()]})
-    path = folder / f"not_finite_step_{step:06d}_rank{rank}.pt"
-    torch.save(parts, path)
-    return path, [i for part in parts for i in part["sample_id"].tolist()]
+    return parts
+
+
+def _written(parts: list[dict[str, Any]], path: Path) -> str:
+    """Write a batch for torch.load and say where it is, or why it is nowhere: that must not hide what went wrong."""
+    try:
+        torch.save(parts, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of many lines
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return f"its batch could not be written: {path}: {str(error).splitlines()[0]}"
+    return f"its batch is in {path}"
 
 
 def not_finite(
@@ -106,13 +114,14 @@ def not_finite(
     mine = []
     if guard.bad_step is not None:
         with waiting():
-            path, ids = save_batch(folder, loader, guard.bad_step, accelerator.process_index, store)
+            parts = batch_again(loader, guard.bad_step, store)
+        ids = [i for part in parts for i in part["sample_id"].tolist()]
+        rank = accelerator.process_index
+        batch = _written(parts, folder / f"not_finite_step_{guard.bad_step:06d}_rank{rank}.pt")
         named = guard.bad_samples or ids
-        alone = accelerator.num_processes == 1
-        where = f"samples {named[:16]} of " + (
-            "this process's" if alone else f"rank {accelerator.process_index}'s"
-        )
-        mine = [(guard.bad_step, bool(guard.bad_samples), f"{where} {len(ids)}; its batch is in {path}")]
+        whose = "this process's" if accelerator.num_processes == 1 else f"rank {rank}'s"
+        where = f"samples {named[:16]} of {whose} {len(ids)}; {batch}"
+        mine = [(guard.bad_step, bool(guard.bad_samples), where)]
     said = gather_object(mine)
     step = min(number for number, _, _ in said)
     # Gradients are averaged: one process's image makes those of all bad.
