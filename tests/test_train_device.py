@@ -95,7 +95,7 @@ class Guard:
     def images(self, sample_id: Tensor, finite: Tensor) -> None:
         assert (sample_id.device.type, finite.device, len(finite) % len(sample_id)) == ("cpu", CUDA, 0)
 
-    def step(self, step: int, finite: Tensor) -> None:
+    def step(self, step: int, finite: Tensor, *, skipped: bool) -> None:
         assert (finite.device, finite.dtype, finite.shape) == (CUDA, torch.bool, ())
 
 

@@ -24,7 +24,7 @@ import shards
 import train
 from pipeline.config import PipelineConfig
 from pipeline.loader import TrainingLoader
-from tools.runtime import affinity, checkpoint, launch, step, trackers, watchdog
+from tools.runtime import affinity, checkpoint, guard, launch, step, trackers, watchdog
 from tools.runtime.config import RunConfig, parse_command
 from tools.runtime.guard import FiniteGuard, batch_again
 from tools.runtime.meter import Meter, host_memory_gib
@@ -135,6 +135,31 @@ def test_gradients_alone_can_be_bad() -> None:
     guard.images(torch.tensor([4, 5]), torch.tensor([True, True]))
     guard.step(1, torch.tensor(False))
     assert (guard.bad_step, guard.bad_samples) == (1, [])
+
+
+@pytest.mark.parametrize("scale", [2.0**127, math.inf])
+def test_gradients_that_overflow_at_any_loss_scale_stop_the_run(
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """A scale that overflows even float32: halved, it is soon small enough; one that stays so stops the run."""
+    make = launch.make_accelerator
+
+    def scaled(config: RunConfig) -> Accelerator:
+        accelerator = make(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", scaled)
+    monkeypatch.setattr(guard, "MOST_SKIPS", 10)
+    if math.isfinite(scale):
+        assert run(picture_shards, tmp_path) == 0
+        assert 0 < read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] < 10
+    else:
+        with pytest.raises(
+            FloatingPointError, match=r"fp16 gradients of step 10 and the 9 before overflow at any"
+        ):
+            run(picture_shards, tmp_path)
+        assert list(tmp_path.glob("not_finite_step_000010_rank0.pt"))
 
 
 # Data that does not come

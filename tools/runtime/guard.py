@@ -16,6 +16,10 @@ from torch import Tensor
 import shards
 from pipeline.loader import TrainingLoader
 
+MOST_SKIPS = 40
+"""Steps in a row that fp16's loss scale may cost. It starts at 2**16 and is halved by each, and fp16's smallest number
+is 2**-24: gradients that overflow at every scale do not overflow because of it."""
+
 
 class FiniteGuard:
     """Reads a step's verdict two steps later, when it has long arrived; on the CPU at once."""
@@ -29,13 +33,25 @@ class FiniteGuard:
         """First optimiser step (from 1) that was not finite on this process."""
         self.bad_samples: list[int] = []
         """Samples of that step whose own logits or features were not finite."""
+        self.skips = 0
+        """Steps in a row, up to the newest, that were skipped because fp16 gradients overflowed."""
 
     def images(self, sample_id: Tensor, finite: Tensor) -> None:
         """Note a micro-batch: sample ids on the CPU, and for each a bool on the device."""
         self._images.append((sample_id, finite))
 
-    def step(self, step: int, finite: Tensor) -> None:
-        """End a step: a bool scalar on the device, whether its losses and gradients were finite."""
+    def step(self, step: int, finite: Tensor, *, skipped: bool = False) -> None:
+        """End a step.
+
+        Args:
+            step: its number, from 1.
+            finite: bool scalar on the device, whether its losses and gradients were finite.
+            skipped: whether the optimiser left it out because scaled gradients overflowed; one such step is nothing
+                bad, MOST_SKIPS in a row are.
+        """
+        self.skips = self.skips + 1 if skipped else 0
+        if self.skips >= MOST_SKIPS and self.bad_step is None:
+            self.bad_step = step
         sample_id = torch.cat([ids for ids, _ in self._images])
         flags = torch.cat([finite.view(1), *(flags for _, flags in self._images)])
         self._images = []
@@ -126,8 +142,12 @@ def not_finite(
     step = min(number for number, _, _ in said)
     # Gradients are averaged: one process's image makes those of all bad.
     culprits = [words for _, named, words in said if named] or [words for _, _, words in said]
+    saved = "Nothing was saved since"
+    what = f"loss or gradients of step {step} are not finite"
+    if guard.skips >= MOST_SKIPS:
+        what = f"fp16 gradients of step {step} and the {guard.skips - 1} before overflow at any loss scale"
+        saved = "Nothing was learnt since"
     return FloatingPointError(
-        f"loss or gradients of step {step} are not finite: {'; '.join(culprits)}. Nothing was saved "
-        "since; --resume auto meets this step again: give it --allow-changes with a lower optim.lr, an "
-        "optim.clip_norm or another precision"
+        f"{what}: {'; '.join(culprits)}. {saved}; --resume auto meets this step again: give it --allow-changes with a "
+        "lower optim.lr, an optim.clip_norm or another precision"
     )

@@ -110,4 +110,5 @@ def train_step(
     if guard is not None:
         # With fp16, gradients that overflow are the loss scale's business: the step is skipped and counted.
         values = torch.stack([*totals, *([norm] if accelerator.scaler is None else [])])
-        guard.step(step + 1, torch.isfinite(values.float()).all())
+        finite = torch.isfinite(values.float()).all()
+        guard.step(step + 1, finite, skipped=accelerator.optimizer_step_was_skipped)
