@@ -40,6 +40,8 @@ from tools.runtime.interrupt import (
     tell_of_early_end,
 )
 from tools.runtime.launch import as_configured, collective_timeout_s, make_accelerator, set_up_log
+from tools.runtime.launcher import end_with_launcher, is_first
+from tools.runtime.lock import locked
 from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
 from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
 from tools.runtime.monitor import Best, validate
@@ -83,18 +85,23 @@ def train(command: TrainCommand) -> int:
             f"{config.val} and {config.data} have different class lists; build both from the same classes"
         )
     total = config.total_steps(len(store))  # refuses a run without a length before anything is set up
-    start = starting_point(command.resume, config, store.classes, total, allow_changes=command.allow_changes)
-    if not command.dry_run:
-        tell_of_early_end(config.out, step=0 if start is None else start.step, total=total)
-    accelerator = make_accelerator(config)
-    if accelerator.is_main_process and not command.dry_run:
-        forget_status(config.out)
-    # The heartbeat ends first: a process that fails tells the others before it closes what it has opened, since that
-    # may wait for ever for the mount that it failed on.
-    with ExitStack() as opened, Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
-        opened.callback(heartbeat.all_closed)
-        check_agreement(accelerator, start, config.out)
-        return run(command, config, store, val_store, start, accelerator, heartbeat, opened)
+    with ExitStack() as opened:
+        if is_first() and not command.dry_run:
+            opened.enter_context(locked(config.out))
+        start = starting_point(
+            command.resume, config, store.classes, total, allow_changes=command.allow_changes
+        )
+        if not command.dry_run:
+            tell_of_early_end(config.out, step=0 if start is None else start.step, total=total)
+        accelerator = make_accelerator(config)
+        if accelerator.is_main_process and not command.dry_run:
+            forget_status(config.out)
+        # The heartbeat ends first: a process that fails tells the others before it closes what it has opened, since
+        # that may wait for ever for the mount that it failed on.
+        with Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
+            opened.callback(heartbeat.all_closed)
+            check_agreement(accelerator, start, config.out)
+            return run(command, config, store, val_store, start, accelerator, heartbeat, opened)
 
 
 def run(
@@ -361,6 +368,7 @@ def main() -> None:
     """Run the command line; what the user got wrong is said in a line, without a traceback."""
     set_up_log()
     end_at_once_when_asked()
+    end_with_launcher()
     try:
         code = train(parse_command(TrainCommand))
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,17 +1,29 @@
-"""What a launcher says to Accelerate and this project says itself; and a launcher that ends first."""
+"""What a launcher says to Accelerate and this project says itself; a launcher that ends first; two runs in a folder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState
+from conftest import start, wait_for_step
 
-from tools.runtime import launch
-from tools.runtime.config import RunConfig
+import train
+from tools.runtime import checkpoint, launch
+from tools.runtime.config import RunConfig, parse_command
+from tools.runtime.lock import locked
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +79,66 @@ def test_the_precision_is_the_runs_own(
         assert launch.make_accelerator(RunConfig()).mixed_precision == "no"
     assert "mixed_precision = bf16 from `accelerate launch`" in caplog.text
     assert "this run's is fp32 (--precision)" in caplog.text
+
+
+# Two runs in one folder
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "x"
+    holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())} since 20\d\d-.* UTC"
+    with (
+        locked(out),
+        pytest.raises(ValueError, match=f"{out} is in use by {holder}: two runs would mix"),
+        locked(out),
+    ):
+        pass
+    with locked(out):
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        with locked(out):  # what this process started does not hold it
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked(tmp_path):
+        assert (
+            f"{tmp_path} cannot be locked (Operation not supported): see to it that no other" in caplog.text
+        )
+
+
+@pytest.mark.slow
+def test_a_launchers_end_ends_its_one_process_with_a_checkpoint(picture_shards: Path, tmp_path: Path) -> None:
+    """`accelerate launch` of one process passes no signal on. Meanwhile another run in the folder is refused."""
+    settings = ("--recipe", "tests/tiny.toml", "--data", str(picture_shards), "--out", str(tmp_path))
+    settings += ("--steps", "4000", "--checkpoint-every", "4000")
+    launcher = start("-m", "accelerate.commands.launch", "--num_processes", "1", "train.py", *settings)
+    wait_for_step(tmp_path, 2, launcher)
+    holder = (tmp_path / "run.lock").read_text().strip()
+    (process,) = (int(number) for number in re.findall(r"^process (\d+) on ", holder))
+    try:
+        assert process != launcher.pid
+        again = parse_command(train.TrainCommand, [*settings, "--resume", "auto"])
+        with pytest.raises(ValueError, match=f"is in use by {re.escape(holder)}: two runs would mix"):
+            train.train(again)
+        launcher.send_signal(signal.SIGTERM)
+        output, _ = launcher.communicate(timeout=60)  # to the end of its process, which has its output too
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
+    assert launcher.returncode == -signal.SIGTERM
+    assert "stopped after step" in output
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["exit_code"] == 75
+    assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [status["step"]]
+    with locked(tmp_path):
+        pass
