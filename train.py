@@ -201,7 +201,7 @@ def run(
         opened.callback(metrics.close)
         if changed:
             metrics.write({"step": progress.step, "changed": changed})
-    trackers = Trackers(accelerator, config.out)
+    trackers = Trackers(accelerator, config.out, progress.step)
     opened.callback(trackers.close)
     audit = Audit(config.out, accelerator.process_index) if config.audit else None
     if audit is not None:

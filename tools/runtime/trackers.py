@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
 
 from pipeline.config import PipelineConfig
@@ -40,15 +43,43 @@ class Trackers:
     """Accelerate's trackers, on the first process; after a write error they are left alone.
 
     TensorBoard's writer raises the error of its own thread at a later call, and never recovers from it.
+
+    Args:
+        out: the run's folder. TensorBoard writes to tensorboard/ in it, W&B to wandb/.
+        step: step the run continues from, 0 where it starts. TensorBoard then hides what an earlier process wrote of
+            later steps. A W&B run goes on under the id that stands in wandb_id.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path) -> None:
+    def __init__(self, accelerator: Accelerator, out: Path, step: int) -> None:
         self._accelerator = accelerator
         self._out = out
         self._broken = False
-        self._try(
-            lambda: accelerator.init_trackers(out.name if "wandb" in _names(accelerator) else "tensorboard")
-        )
+        for name in (str(getattr(kind, "value", kind)) for kind in accelerator.log_with):
+            self._try(partial(self._start, name, step))
+
+    def _start(self, name: str, step: int) -> None:
+        # Accelerate's init_trackers has one name for all: TensorBoard's folder would be W&B's project.
+        tracker: Any
+        if name == "tensorboard":
+            tracker = TensorBoardTracker("tensorboard", self._out, purge_step=step + 1)
+        else:
+            project = os.environ.get("WANDB_PROJECT", "vqsa")
+            run = {
+                "name": self._out.name,
+                "id": self._wandb_id(step),
+                "resume": "allow",
+                "dir": str(self._out),
+            }
+            tracker = WandBTracker(project, **run)
+        tracker.start()
+        self._accelerator.trackers.append(tracker)
+
+    def _wandb_id(self, step: int) -> str:
+        path = self._out / "wandb_id"
+        if self._accelerator.is_main_process and not (step and path.is_file()):
+            self._out.mkdir(parents=True, exist_ok=True)
+            path.write_text(secrets.token_hex(8) + "\n")
+        return path.read_text().strip() if self._accelerator.is_main_process else ""
 
     def _try(self, action: Callable[[], object]) -> None:
         if self._broken:
@@ -89,7 +120,3 @@ class Trackers:
     def close(self) -> None:
         """Write what is left and close."""
         self._try(self._accelerator.end_training)
-
-
-def _names(accelerator: Accelerator) -> list[str]:
-    return [str(getattr(kind, "value", kind)) for kind in accelerator.log_with]
