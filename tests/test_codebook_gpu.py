@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.codebook import PreparedCodebook, kernels, nearest_code, quantize, segment_sum, segment_sum_dense
+from model.codebook import (
+    Codebook,
+    PreparedCodebook,
+    kernels,
+    nearest_code,
+    quantize,
+    segment_sum,
+    segment_sum_dense,
+)
 from model.codebook.choice import VARIABLE, hostile_problem, variant_for
 from model.codebook.kernels import APART, TILE_ANY, TILE_AUTO, TILE_HOPPER, Kernels
 from model.codebook.search import search_in_blocks
@@ -209,6 +217,45 @@ def test_runs_in_a_cuda_graph_on_another_stream(case: Case, n: int) -> None:
         graph.replay()
         for a, b in zip(found, right, strict=True):
             assert torch.equal(a, b)
+
+
+def test_module_that_keeps_its_codes_prepared_is_exact_in_graphs_and_on_other_streams() -> None:
+    z_ND, codes_KD = on_gpu(near_duplicates, 500, 2000, 256)
+    book = Codebook(2000, 256, init="normal").cuda().eval()
+
+    def assert_exact(index_N: Tensor) -> None:
+        assert torch.equal(index_N, nearest_code(z_ND, book.codes.detach(), impl="torch")[0])
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        book.codes.copy_(codes_KD)
+        assert_exact(book(z_ND).index_N)
+        with torch.cuda.graph(graph):
+            captured = book(z_ND)
+        for factor in (1.5, 0.5):
+            book.codes.mul_(factor)
+            graph.replay()
+            assert_exact(captured.index_N)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                aside = book(z_ND)
+            torch.cuda.current_stream().wait_stream(stream)
+            assert_exact(aside.index_N)
+            assert_exact(book(z_ND).index_N)
+
+
+def test_module_sees_what_a_fused_optimiser_writes_on_cuda() -> None:
+    z_ND, codes_KD = on_gpu(near_duplicates, 500, 2000, 256)
+    book = Codebook(2000, 256, init="normal").cuda()
+    with torch.no_grad():
+        book.codes.copy_(codes_KD)
+    optimiser = torch.optim.Adam(book.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        for _ in range(2):  # micro-batches
+            found = book(z_ND)
+            found.vq_loss.backward()
+            assert torch.equal(found.index_N, nearest_code(z_ND, book.codes, impl="torch")[0])
+        optimiser.step()
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 100_000), (6272, 10_000), (25_088, 10_000)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.codebook.global_batch import GlobalBatch
 from model.codebook.kmeans import kmeans
+from model.codebook.prepared import PreparedCodebook, kept
 from model.codebook.quantize import Quantised, quantize, usage_of
 from model.codebook.top_k import Weights, quantize_top_k
 from model.codebook.upkeep import Upkeep
@@ -35,6 +36,10 @@ class Codebook(nn.Module):
 
     Moving average, revival and the running centre happen in `update`, which the training loop calls once per
     optimiser step.
+
+    Where the kernels search, what they need to know of the codes (2·K·D bytes and 24·K) is kept from one forward
+    pass to the next, and found again when the codes changed: `codes_changed`. Not in a compiled or captured pass,
+    with `centre` or with top_k above 1.
 
     State: `codes` (K, D) float32 and the flag `initialised`, both saved, so that a resumed codebook is not
     drawn again; `upkeep.*` where one of ema, revive_after and centre is on. `usage` is a measurement and is
@@ -106,6 +111,7 @@ class Codebook(nn.Module):
         )  # fmt: skip
         self.usage = Usage(codes)
         """What was chosen in training since `reset_usage()`, and how far it was, on this rank."""
+        self._prepared: PreparedCodebook | None = None
         self.register_load_state_dict_post_hook(Codebook._after_load)  # type: ignore[no-untyped-call]
         generator = None if self.codes.is_meta else torch.Generator(self.codes.device).manual_seed(init_seed)
         with torch.no_grad():
@@ -134,7 +140,13 @@ class Codebook(nn.Module):
             self.initialise_from(z_ND)
         centre_D = self.upkeep.centre_D if self.upkeep is not None and self.upkeep.centre else None
         if self.top_k == 1:
-            result = quantize(z_ND, self.codes, self.metric, self.reduction, self.memory_mib, centre_D)
+            prepared = None
+            # A traced pass must not remember what is only true now.
+            if centre_D is None and not torch.compiler.is_compiling():
+                prepared = self._prepared = kept(self._prepared, self.codes, self.metric)
+            result = quantize(
+                z_ND, self.codes, self.metric, self.reduction, self.memory_mib, centre_D, prepared
+            )
             usage_K = result.usage_K
         else:
             result, index_Nk = quantize_top_k(
@@ -217,6 +229,23 @@ class Codebook(nn.Module):
         if self.upkeep is not None:
             self.upkeep.update(self.codes, GlobalBatch(z_ND, parts), index_N.flatten(), usage_K)
 
+    def codes_changed(self) -> None:
+        """Say that the codes were written to; the next forward pass prepares them again.
+
+        Needed after writes that cannot be seen: into `codes.data`, by torch.distributed, by the replay of a CUDA
+        graph, by another process. Writes that torch counts, steps of torch's optimisers, `load_state_dict`, `to`
+        and the like are seen. `train` and `eval` imply it.
+        """
+        self._prepared = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's. Averaged weights often come and go by way of `.data` between training and evaluation."""
+        self.codes_changed()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
     @property
     def usage_K(self) -> Tensor:
         """int64, how many features chose each code in training since `reset_usage`, on this rank."""
@@ -227,6 +256,7 @@ class Codebook(nn.Module):
         self.usage.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.codes_changed()  # gives its memory back
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.usage.moved(fn)
         return self

@@ -172,7 +172,7 @@ class Kernels:
                     codes_KD.data_ptr(), _TYPES[codes_KD.dtype], codes, dim, cosine,
                     prepared.data_ptr(), workspace.data_ptr(),
                     None if changed_T is None else changed_T.data_ptr(),
-                    0 if changed_T is None else len(changed_T), _stream(codes_KD),
+                    0 if changed_T is None else len(changed_T), stream_of(codes_KD),
                 )
             )  # fmt: skip
         return prepared
@@ -214,7 +214,7 @@ class Kernels:
                     result.index_N.data_ptr(), result.sqdist_N.data_ptr(),
                     result.quantised_ND.data_ptr() if gather else None,
                     result.error_N.data_ptr() if gather else None,
-                    *(None if t is None else t.data_ptr() for t in (usage_K, effort_2, alarm_1)), _stream(z_ND),
+                    *(None if t is None else t.data_ptr() for t in (usage_K, effort_2, alarm_1)), stream_of(z_ND),
                 )
             )  # fmt: skip
         return result
@@ -240,7 +240,7 @@ class Kernels:
                 self._lib.vqsa_codebook_segment_sum(
                     z_ND.data_ptr(), _TYPES[z_ND.dtype], count, dim, order_N.data_ptr(), slot_N.data_ptr(),
                     *(None if t is None else t.data_ptr() for t in (code_ND, scale)),
-                    out_SD.data_ptr(), len(out_SD), workspace.data_ptr(), _stream(z_ND),
+                    out_SD.data_ptr(), len(out_SD), workspace.data_ptr(), stream_of(z_ND),
                 )
             )  # fmt: skip
         return out_SD
@@ -254,7 +254,7 @@ class Kernels:
             self._check(
                 self._lib.vqsa_codebook_products(
                     features_ND.data_ptr(), numbers_N.data_ptr(), count, codes_KD.data_ptr(),
-                    codes_KD.shape[0], dim, tile, out_NK.data_ptr(), _stream(features_ND),
+                    codes_KD.shape[0], dim, tile, out_NK.data_ptr(), stream_of(features_ND),
                 )
             )  # fmt: skip
         return out_NK
@@ -286,7 +286,8 @@ def kernels_for(z_ND: Tensor, impl: str) -> Kernels | None:
     return None
 
 
-def _stream(tensor: Tensor) -> int | None:
+def stream_of(tensor: Tensor) -> int | None:
+    """Handle of the stream that work on this tensor is queued on now; None on a CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
