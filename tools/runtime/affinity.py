@@ -5,12 +5,15 @@ To be called before torch, DALI or the readers start threads: they inherit it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 SYSTEM = Path("/sys")
 
@@ -22,6 +25,17 @@ def parse_cpu_list(text: str) -> list[int]:
         first, _, last = part.partition("-")
         cpus += range(int(first), int(last or first) + 1)
     return cpus
+
+
+def cpu_list(cpus: Collection[int]) -> str:
+    """Write CPUs as the kernel does; the inverse of `parse_cpu_list`."""
+    parts: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if parts and cpu == parts[-1][-1] + 1:
+            parts[-1][1:] = [cpu]
+        else:
+            parts.append([cpu])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def numa_nodes(system: Path = SYSTEM) -> list[list[int]]:
@@ -48,10 +62,10 @@ def share(allowed: Collection[int], nodes: list[list[int]], index: int, processe
 
 
 def of_gpu(allowed: Collection[int], device: torch.device, system: Path = SYSTEM) -> set[int]:
-    """Return the allowed CPUs of the NUMA node that a GPU is attached to.
+    """Return the allowed CPUs of the NUMA node that a GPU is attached to; all allowed ones where none is of that node.
 
     Raises:
-        ValueError: not a GPU, or the kernel does not say where it is attached, or none of its CPUs is allowed.
+        ValueError: not a GPU, or the kernel does not say where it is attached.
     """
     if device.type != "cuda":
         raise ValueError(
@@ -61,16 +75,26 @@ def of_gpu(allowed: Collection[int], device: torch.device, system: Path = SYSTEM
     bus = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     file = system / "bus/pci/devices" / bus / "numa_node"
     node = int(file.read_text()) if file.is_file() else -1
-    nodes = numa_nodes(system)
-    cpus = set(nodes[node]) & set(allowed) if 0 <= node < len(nodes) else set()
-    if not cpus:
+    file = system / f"devices/system/node/node{node}/cpulist"
+    near = set(parse_cpu_list(file.read_text())) if file.is_file() else set()
+    if not near:
         raise ValueError(
             f"the kernel names no usable CPU near GPU {bus} (NUMA node {node}); say cpu_affinity = 'split' or 'none'"
         )
-    return cpus
+    if not near & set(allowed):
+        log.warning(
+            "rank %s: GPU %s is near CPUs %s, and this process may use CPUs %s alone: it is not bound to its GPU's. "
+            "Let the scheduler bind nothing (srun --cpu-bind=none)",
+            os.environ.get("RANK", "0"),
+            bus,
+            cpu_list(near),
+            cpu_list(allowed),
+        )
+        return set(allowed)
+    return near & set(allowed)
 
 
-def bind(choice: str, device: torch.device, index: int, processes: int) -> set[int]:
+def bind(choice: str, device: torch.device, index: int, processes: int, system: Path = SYSTEM) -> set[int]:
     """Bind this process to its CPUs and return them; "none" leaves it as it is.
 
     Args:
@@ -80,6 +104,9 @@ def bind(choice: str, device: torch.device, index: int, processes: int) -> set[i
     allowed = os.sched_getaffinity(0)
     if choice == "none":
         return allowed
-    chosen = share(allowed, numa_nodes(), index, processes) if choice == "split" else of_gpu(allowed, device)
+    if choice == "split":
+        chosen = share(allowed, numa_nodes(system), index, processes)
+    else:
+        chosen = of_gpu(allowed, device, system)
     os.sched_setaffinity(0, chosen)
     return chosen

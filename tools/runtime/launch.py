@@ -44,7 +44,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     local, processes = (
         int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
     )
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    # As Accelerate chooses it. Where each process is shown its own GPU alone, that is number 0 for all.
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
     affinity.bind(config.cpu_affinity, device, local, processes)
     alone = threading.Timer(config.join_within_s, _alone, (config.join_within_s,))
     alone.daemon = True
