@@ -46,7 +46,7 @@ from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
 from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
 from tools.runtime.monitor import Best, validate
 from tools.runtime.optim import learning_rate, make_optimizer, set_learning_rate
-from tools.runtime.resume import Progress, changes, check_agreement, starting_point
+from tools.runtime.resume import Progress, changes, check_agreement, circumstances, starting_point
 from tools.runtime.state import TrainingState
 from tools.runtime.step import learning_mode, train_step
 from tools.runtime.trackers import Trackers
@@ -168,8 +168,9 @@ def run(
         ema,
         {"progress": progress, "stream": loader, "best": best, "meter": meter, "codes": codes},
     )
-    changed = {} if start is None else changes(start, config)
+    changed = {}
     if start is not None:
+        changed = changes(start, config) | circumstances(start, accelerator.num_processes)
         state.restore(start.path)
         progress.unvalidated = progress.unvalidated and val_store is not None
         say(f"resumed after step {progress.step} from {start.path}")

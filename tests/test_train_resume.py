@@ -21,7 +21,8 @@ def run(shards: Path, out: Path, *more: str) -> int:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_damaged_checkpoints_alone_are_not_overwritten(picture_shards: Path, tmp_path: Path) -> None:
@@ -84,3 +85,27 @@ def test_the_log_is_on_disk_before_it_takes_the_place_of_the_old(
     monkeypatch.setattr(Path, "replace", replacing)
     MetricsFile(path, 2).close()
     assert len(read_metrics(path)) == 2
+
+
+def test_other_code_and_another_number_of_processes_are_said(
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--steps", "2", "--checkpoint-every", "1")
+    assert run(picture_shards, tmp_path, *short) == 0
+    assert run(picture_shards, tmp_path, *short, "--resume", "auto") == 0
+    assert "changed" not in capsys.readouterr().out
+    record_file = tmp_path / "checkpoints" / "step_000002" / checkpoint.RUN_FILE
+    record = json.loads(record_file.read_text())
+    code = record["commit"]
+    assert (code, record["processes"]) == (checkpoint.code_version(), 1)
+    record_file.write_text(json.dumps({**record, "commit": "0123456789ab", "processes": 4}))
+    assert run(picture_shards, tmp_path, *short, "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert f"changed: code: 0123456789ab -> {code}" in said
+    assert "changed: processes: 4 -> 1" in said
+    (written,) = (r for r in read_metrics(tmp_path / "metrics.jsonl") if "changed" in r)
+    assert written == {"step": 2, "changed": {"code": f"0123456789ab -> {code}", "processes": "4 -> 1"}}
+    del record["processes"]  # as old checkpoints have it
+    record_file.write_text(json.dumps(record))
+    assert run(picture_shards, tmp_path, *short, "--resume", "auto") == 0
+    assert "changed" not in capsys.readouterr().out

@@ -52,6 +52,8 @@ class Checkpoint:
     config: dict[str, Any]
     classes: list[str]
     commit: str
+    processes: int | None
+    """Of the run that wrote it; None: not known, as of old ones."""
     checksum: str
     """xxh3-64 of run.json, which has the checksums of the other files."""
 
@@ -100,8 +102,19 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path, files: Files, *, step: int, config: BaseModel, classes: list[str]) -> None:
+def write(
+    folder: Path,
+    files: Files,
+    *,
+    step: int,
+    config: BaseModel,
+    classes: list[str],
+    processes: int | None = None,
+) -> None:
     """Write the checkpoint of a step into `folder`, in the calling process alone.
+
+    Args:
+        processes: number of them in the run, to be told to who goes on from it.
 
     Raises:
         OSError, RuntimeError, SafetensorError: it could not be written; nothing of it is left.
@@ -122,6 +135,7 @@ def write(folder: Path, files: Files, *, step: int, config: BaseModel, classes: 
         record = {
             "step": step,
             "commit": code_version(),
+            "processes": processes,
             "classes": classes,
             "files": {name: (partial / name).stat().st_size for name in files},
             "xxh3_64": {name: _checksum(partial / name) for name in files},
@@ -224,7 +238,14 @@ class Writer:
 
     def _attempt(self, files: Files, step: int, best: int) -> bool:
         try:
-            write(self._folder, files, step=step, config=self._config, classes=self._classes)
+            write(
+                self._folder,
+                files,
+                step=step,
+                config=self._config,
+                classes=self._classes,
+                processes=self._accelerator.num_processes,
+            )
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and not any(mark in str(error) for mark in _TORCH_WRITER):
                 raise
@@ -306,7 +327,13 @@ def read(path: Path) -> Checkpoint:
         record = json.loads(text)
         files, step = dict(record["files"]), int(record["step"])
         checkpoint = Checkpoint(
-            path, step, record["config"], record["classes"], record["commit"], xxhash.xxh3_64_hexdigest(text)
+            path,
+            step,
+            record["config"],
+            record["classes"],
+            record["commit"],
+            record.get("processes"),
+            xxhash.xxh3_64_hexdigest(text),
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{record_file} is damaged ({error}); use an older checkpoint") from None

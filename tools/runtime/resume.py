@@ -102,6 +102,16 @@ def changes(start: checkpoint.Checkpoint, config: RunConfig) -> dict[str, str]:
     return differences(saved, config.model_dump(mode="json"))
 
 
+def circumstances(start: checkpoint.Checkpoint, processes: int) -> dict[str, str]:
+    """Return what else is not as in the checkpoint, as `changes`: the code's version, the number of processes."""
+    now = {"code": checkpoint.code_version(), "processes": processes}
+    return {
+        name: f"{then} -> {now[name]}"
+        for name, then in (("code", start.commit), ("processes", start.processes))
+        if then is not None and then != now[name]
+    }
+
+
 Found = tuple[int, str, str] | None
 """Step, checksum and path of the checkpoint that a process found, or None."""
 
