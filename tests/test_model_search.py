@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model.codebook import nearest_code, search
+from model.codebook.kernels import Kernels
 from tests.hostile_codebooks import (
     CASES,
     NAMES,
@@ -225,6 +227,28 @@ def test_cosine_is_two_minus_two_cos() -> None:
     cos_NK = torch.nn.functional.cosine_similarity(z_ND[:, None].double(), codes_KD[None].double(), dim=-1)
     assert torch.equal(index_N, cos_NK.argmax(1))
     torch.testing.assert_close(sqdist_N, (2 - 2 * cos_NK.max(1).values).float())
+
+
+def test_vectors_of_cosine_have_ieee_norms() -> None:
+    """Torch's square root on a CPU is not IEEE's, which CUDA, the kernels and numpy have."""
+    z_ND = torch.randn(100_000, 3, generator=torch.Generator().manual_seed(4))
+    x, y, z = (z_ND[:, column].double().numpy() for column in range(3))
+    norm_N = np.sqrt((x * x + z * z) + y * y)  # folded by halves
+    found_ND, zero_N = search._vectors(z_ND, True)
+    assert not zero_N.any()
+    for column, values_N in enumerate((x, y, z)):
+        assert np.array_equal(found_ND[:, column].numpy(), values_N / norm_N)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 40])
+def test_cosine_of_almost_parallel_vectors_has_the_bits_of_the_kernels(shim: Kernels, dim: int) -> None:
+    g = torch.Generator().manual_seed(dim)
+    codes_KD = torch.randn(500, dim, generator=g)
+    z_ND = codes_KD[torch.randint(500, (4000,), generator=g)] * (0.1 + 3 * torch.rand(4000, 1, generator=g))
+    index_N, sqdist_N = search.search_in_blocks(z_ND, codes_KD, True, 256)
+    found = shim.search(z_ND, codes_KD, True, shim.prepare(codes_KD, True))
+    assert torch.equal(found.index_N, index_N)
+    assert torch.equal(found.sqdist_N, sqdist_N)
 
 
 def _peak_bytes(work: Callable[[], object]) -> int:
