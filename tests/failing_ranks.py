@@ -190,8 +190,8 @@ class Cases:
             self.run("same step", *settings)
 
     def stopped_in_validation(self) -> None:
-        """SIGTERM reaches one process in the middle of a validation; then the run goes on."""
-        settings = ("--val", str(self.data), *VALIDATED)
+        """SIGTERM reaches one process in the middle of a validation and of an interval; then the run goes on."""
+        settings = ("--val", str(self.data), *VALIDATED, "--log-every", "3")
         calm = self.run("validated", *settings)
         assert calm["codes"] == [0, 0], calm["log"]
         batches = EvaluationLoader.__iter__

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tools.runtime.meter import own_row
+
 
 class CodeUsage:
     """The codebook's counts of an interval that is not reported yet, so that a resumed run reports all of it."""
@@ -30,22 +32,26 @@ class CodeUsage:
         """Return the counts and distances so far; called on every process."""
         if self._usage is None:
             return {}
-        reduce, usage = self._accelerator.reduce, self._usage
+        reduce, gather, usage = self._accelerator.reduce, self._accelerator.gather, self._usage
         return {
             "usage_K": reduce(usage.usage_K, "sum").cpu(),
-            "moments_3": reduce(usage.moments_3, "sum").cpu(),
-            "farthest": self._accelerator.gather(usage.farthest).max().view(1).cpu(),
+            "moments_R3": gather(usage.moments_3).cpu().view(-1, 3),
+            "farthest_R": gather(usage.farthest).cpu(),
             "revived": 0 if self._upkeep is None else self._upkeep.revived,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue: the first process takes the counts of all. Revived codes are the same ones on every process."""
+        """Continue: the first process takes the counts of all; sums of distances are each its own, as the meter's.
+
+        Revived codes are the same ones on every process.
+        """
         if self._usage is None:
             return
         if self._upkeep is not None:
             self._upkeep.revived = state.get("revived", 0)
         self._usage.reset()
+        self._usage.moments_3.copy_(own_row(self._accelerator, state["moments_R3"]))
         if self._accelerator.is_main_process:
-            for name in ("usage_K", "moments_3", "farthest"):
-                getattr(self._usage, name).copy_(state[name])
+            self._usage.usage_K.copy_(state["usage_K"])
+            self._usage.farthest.copy_(state["farthest_R"].max())

@@ -64,15 +64,16 @@ class Meter:
         """Leave time spent on something else, such as validation, out of the interval."""
         self._start_s += seconds
 
-    def _totals(self) -> dict[str, float]:
-        """Sums over all processes, by name; waits for the device."""
-        values = {**self._sums, "counts": self._counts, "norm": self._norm}
+    def _rows(self) -> list[list[float]]:
+        """The sums of every process, in the order of `_names`; waits for the device."""
+        values = [*self._sums.values(), self._counts, self._norm]
         plain = torch.tensor([self._parts, self._steps, self._images_timed], dtype=torch.float64)
-        plain = plain.to(self._accelerator.device)
-        packed = torch.cat([*(value.double() for value in values.values()), plain])
-        numbers = self._accelerator.reduce(packed, "sum").tolist()
-        names = [*self._sums, "hits", "images", "norm", "parts", "steps", "timed"]
-        return dict(zip(names, numbers, strict=True))
+        packed = torch.cat([*(value.double() for value in values), plain.to(self._accelerator.device)])
+        numbers: list[float] = self._accelerator.gather(packed).tolist()
+        return [list(row) for row in zip(*[iter(numbers)] * len(packed), strict=True)]
+
+    def _names(self) -> list[str]:
+        return [*self._sums, "hits", "images", "norm", "parts", "steps", "timed"]
 
     def report(self) -> dict[str, float]:
         """Return the interval's numbers over all processes and start a new interval; called on every process.
@@ -80,7 +81,7 @@ class Meter:
         Loss names as given, `top1_pct`, `gradient_norm`, `rate_img_s` (all processes together), `data_wait_pct`
         of this process.
         """
-        total = self._totals()
+        total = dict(zip(self._names(), map(sum, zip(*self._rows(), strict=True)), strict=True))
         elapsed_s = time.perf_counter() - self._start_s
         record = {name: total[name] / total["parts"] for name in self._sums}
         record["top1_pct"] = 100 * total["hits"] / total["images"]
@@ -92,23 +93,34 @@ class Meter:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the interval's sums so far over all processes; called on every process."""
-        return {"losses": list(self._sums), "totals": self._totals()}
+        """Return the interval's sums so far, process by process; called on every process."""
+        return {"losses": list(self._sums), "ranks": self._rows()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue an interval: the first process takes the sums of all."""
+        """Continue an interval: every process its own sums; the first the sums of all, where there were more or fewer.
+
+        Added up in another order they could differ in the last digit.
+        """
         self._reset()
         self._sums = {name: self._zero(1, torch.float32) for name in state["losses"]}
-        if not self._accelerator.is_main_process:
-            return
-        total = state["totals"]
+        row = own_row(self._accelerator, torch.tensor(state["ranks"], dtype=torch.float64)).tolist()
+        mine = dict(zip(self._names(), row, strict=True))
         for name, value in self._sums.items():
-            value += total[name]
-        self._counts += torch.tensor([total["hits"], total["images"]], dtype=torch.int64).to(
-            self._counts.device
-        )
-        self._parts, self._steps = int(total["parts"]), int(total["steps"])
-        self._norm += total["norm"]
+            value += mine[name]
+        counts = torch.tensor([mine["hits"], mine["images"]], dtype=torch.int64)
+        self._counts += counts.to(self._counts.device)
+        self._parts, self._steps = int(mine["parts"]), int(mine["steps"])
+        self._norm += mine["norm"]
+
+
+def own_row(accelerator: Accelerator, saved_RN: Tensor) -> Tensor:
+    """Return what this process goes on from, of sums (N,) that R processes saved: its own where as many go on.
+
+    Where others do, the first takes the sums of all, and the rest none.
+    """
+    if len(saved_RN) == accelerator.num_processes:
+        return saved_RN[accelerator.process_index]
+    return saved_RN.sum(0) if accelerator.is_main_process else torch.zeros_like(saved_RN[0])
 
 
 def device_memory_gib(device: torch.device) -> float:
