@@ -81,6 +81,13 @@ def test_the_precision_is_the_runs_own(
     assert "this run's is fp32 (--precision)" in caplog.text
 
 
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"precision fp16 needs a GPU: on cpu nothing scales the losses.* bf16"
+    ):
+        launch.make_accelerator(RunConfig(precision="fp16"))
+
+
 # Two runs in one folder
 
 

@@ -48,7 +48,7 @@ class RunConfig(BaseModel):
     """Length of the run in optimiser steps, instead of epochs."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the model; fp32 is none. fp16 is meant for GPUs, where its losses are scaled."""
+    """Autocast type of the model; fp32 is none. fp16 needs a GPU, where its losses are scaled."""
 
     log_every: int = Field(20, ge=1)
     """Steps between lines of progress and metrics."""

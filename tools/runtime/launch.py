@@ -62,6 +62,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     finally:
         alone.cancel()
     launcher.check_mode(accelerator.distributed_type)
+    if config.precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            f"precision fp16 needs a GPU: on {accelerator.device.type} nothing scales the losses, and small gradients "
+            "become 0; say bf16 or fp32"
+        )
     if config.sync_bn and accelerator.device.type != "cuda":
         raise ValueError(
             "sync_bn needs GPUs: torch has no synchronised batch normalisation for the CPU; leave it out, or say "
