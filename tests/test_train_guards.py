@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import mmap
 import re
+import resource
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import train
 from pipeline.config import PipelineConfig
 from pipeline.loader import TrainingLoader
 from tools.runtime import affinity, checkpoint, guard, launch, step, trackers, watchdog
+from tools.runtime.audit import Audit
 from tools.runtime.config import RunConfig, parse_command
 from tools.runtime.guard import FiniteGuard, batch_again
 from tools.runtime.meter import Meter, host_memory_gib
@@ -262,38 +264,7 @@ def test_a_gpus_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         affinity.of_gpu(range(8), torch.device("cpu"), tmp_path)
 
 
-# Trackers
-
-
-def test_pictures_and_codes_reach_tensorboard(picture_shards: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert run(picture_shards, tmp_path, "--steps", "4", "--images-every", "2") == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
-    tags = events.Tags()
-    assert {"loss", "gradient_norm", "lr", "skipped_steps", "host_gib"} <= set(tags["scalars"])
-    assert tags["histograms"] == ["code_usage"]
-    assert tags["images"] == ["batch"]
-    pictures = events.Images("batch")
-    assert [event.step for event in pictures] == [2, 4]
-    assert {(event.width, event.height) for event in pictures} == {(8 * 32, 32)}, "eight side by side"
-
-
-def test_a_tracker_that_cannot_write_is_left_alone(
-    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    def full(*arguments: object, **named: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    assert run(picture_shards, tmp_path, "--steps", "3") == 0
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
-    stops = [r for r in caplog.records if r.name == trackers.__name__ and r.levelno == logging.ERROR]
-    assert len(stops) == 1
-    assert "No space left on device; metrics.jsonl goes on" in stops[0].getMessage()
+# Audits
 
 
 def test_an_audit_names_every_sample_and_its_pixels(picture_shards: Path, tmp_path: Path) -> None:
@@ -303,6 +274,38 @@ def test_an_audit_names_every_sample_and_its_pixels(picture_shards: Path, tmp_pa
     assert all(len(line["pixels"]) == len(line["sample_id"]) == len(line["kind"]) == 8 for line in lines)
     assert len({pixels for line in lines for pixels in line["pixels"]}) == 16
     assert np.isin([line["severity"] for line in lines], range(6)).all()
+
+
+def test_a_full_disk_costs_the_rest_of_an_audit(
+    picture_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "audit_rank0.jsonl"
+    file.symlink_to("/dev/full")
+    assert run(picture_shards, tmp_path, "--steps", "3", "--audit") == 0
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "tools.runtime.audit")
+    assert said.startswith(f"{file}: [Errno 28] No space left on device; from step 1 on nothing is noted")
+    assert "make room, and resume from a checkpoint before" in said
+
+
+def test_an_audit_has_whole_lines_where_the_disk_was_full(tmp_path: Path) -> None:
+    """A limit on the size of files cuts a write off as a full disk does."""
+    host = torch.zeros(4, dtype=torch.int64)
+    images = torch.zeros(4, 3, 2, 2)
+    batch: Any = SimpleNamespace(position=host, sample_id=host, kind=host, severity=host, images=images)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    audits = [Audit(tmp_path, 0), Audit(tmp_path, 0)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        for step_number in range(1, 9):
+            audits[0].note(step_number, batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    audits[0].note(9, batch)
+    audits[1].note(10, batch)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "audit_rank0.jsonl").read_text().splitlines()]
+    assert 2 <= len(steps) < 8
+    assert steps == [*range(1, len(steps)), 10]
 
 
 # Numbers of an interval

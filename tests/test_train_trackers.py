@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -12,7 +13,9 @@ import pytest
 from accelerate import Accelerator
 
 import train
+from tools.runtime import trackers
 from tools.runtime.config import parse_command
+from tools.runtime.metrics import read_metrics
 from tools.runtime.trackers import Trackers
 
 TINY = Path(__file__).resolve().parent / "tiny.toml"
@@ -73,9 +76,9 @@ def test_a_wandb_run_is_named_after_its_folder_and_goes_on(
     for step in (0, 6, 0):
         accelerator = Accelerator(cpu=True)
         accelerator.log_with = ["tensorboard", "wandb"]
-        trackers = Trackers(accelerator, out, step)
-        trackers.log({"loss": 2.0}, step + 3)
-        trackers.close()
+        told_to = Trackers(accelerator, out, step)
+        told_to.log({"loss": 2.0}, step + 3)
+        told_to.close()
     told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
     assert [what for what, _ in told] == ["init", "log", "finish"] * 3
     first, resumed, anew = (how for what, how in told if what == "init")
@@ -91,3 +94,34 @@ def test_a_wandb_run_is_named_after_its_folder_and_goes_on(
     assert [step for what, values in told if what == "log" for step in values[:1]] == [3, 9, 3]
     assert scalar_steps(out / "tensorboard") == [3]
     assert sorted(os.listdir(out)) == ["tensorboard", "wandb_id"]
+
+
+def test_pictures_and_codes_reach_tensorboard(picture_shards: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(picture_shards, tmp_path, "--steps", "4", "--images-every", "2") == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "gradient_norm", "lr", "skipped_steps", "host_gib"} <= set(tags["scalars"])
+    assert tags["histograms"] == ["code_usage"]
+    assert tags["images"] == ["batch"]
+    pictures = events.Images("batch")
+    assert [event.step for event in pictures] == [2, 4]
+    assert {(event.width, event.height) for event in pictures} == {(8 * 32, 32)}, "eight side by side"
+
+
+def test_a_tracker_that_cannot_write_is_left_alone(
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert run(picture_shards, tmp_path, "--steps", "3") == 0
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    stops = [r for r in caplog.records if r.name == trackers.__name__ and r.levelno == logging.ERROR]
+    assert len(stops) == 1
+    assert "No space left on device; metrics.jsonl goes on" in stops[0].getMessage()
