@@ -42,7 +42,7 @@ from tools.runtime.interrupt import (
 from tools.runtime.launch import as_configured, collective_timeout_s, make_accelerator, set_up_log
 from tools.runtime.launcher import end_with_launcher, is_first
 from tools.runtime.lock import locked
-from tools.runtime.meter import Meter, device_memory_gib, host_memory_gib
+from tools.runtime.meter import Meter
 from tools.runtime.metrics import MetricsFile, forget_status, progress_line, write_status
 from tools.runtime.monitor import Best, validate
 from tools.runtime.optim import learning_rate, make_optimizer, set_learning_rate
@@ -324,13 +324,9 @@ def run(
 
             if step % config.log_every == 0 or done:
                 record: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch, "lr": rate}
-                record |= meter.report()
+                record |= meter.report(len(loader.damaged))
                 record |= codebook_metrics(accelerator, net)
-                record["memory_gib"] = device_memory_gib(accelerator.device)
-                record["host_gib"] = host_memory_gib()
                 record["skipped_steps"] = progress.skipped
-                damaged = torch.tensor(len(loader.damaged), device=accelerator.device)
-                record["damaged"] = int(accelerator.reduce(damaged, "sum"))
                 left_s = (time.perf_counter() - began_s) / (step - began_step) * (total - step)
                 say(progress_line({**record, "eta_s": left_s}, total))
                 report(record)

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ import train
 from pipeline.config import PipelineConfig
 from pipeline.loader import TrainingLoader
 from tools.runtime import affinity, checkpoint, guard, launch, step, trackers, watchdog
+from tools.runtime import meter as meters
 from tools.runtime.audit import Audit
 from tools.runtime.config import RunConfig, parse_command
 from tools.runtime.guard import FiniteGuard, batch_again
@@ -319,6 +320,30 @@ def test_an_interval_of_skipped_steps_has_no_gradient_norm() -> None:
     assert math.isnan(record["gradient_norm"])
     assert record["loss"] == 2.0
     assert record["top1_pct"] == 100.0
+
+
+def test_the_slowest_and_largest_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two: the second waits for data and holds more, as seen by the first. One exchange brings everything."""
+    sent: list[torch.Tensor] = []
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor)
+        return torch.cat(sent[::-1])
+
+    place = SimpleNamespace(device=torch.device("cpu"), num_processes=2, gather=gather)
+    second, first = (Meter(cast(Accelerator, place)) for _ in range(2))
+    for meter, waited_s, held_gib in ((second, 50.0, 7.0), (first, 1.0, 3.0)):
+        meter.add({"loss": torch.tensor(held_gib)}, torch.eye(3), torch.arange(3))
+        meter.add_step(torch.tensor(2.0))
+        meter.exclude(-100)
+        meter.wait(waited_s)
+        monkeypatch.setattr(meters, "host_memory_gib", lambda held_gib=held_gib: held_gib)
+        monkeypatch.setattr(meters, "device_memory_gib", lambda device, held_gib=held_gib: held_gib + 1)
+        record = meter.report(damaged=int(held_gib))
+    assert len(sent) == 2
+    assert record["data_wait_pct"] == pytest.approx(50, rel=0.05)
+    assert (record["host_gib"], record["memory_gib"], record["damaged"]) == (7, 8, 10)
+    assert (record["loss"], record["top1_pct"], record["gradient_norm"]) == (5, 100, 2)
 
 
 def test_pages_of_mapped_files_are_not_held(tmp_path: Path) -> None:

@@ -64,10 +64,10 @@ class Meter:
         """Leave time spent on something else, such as validation, out of the interval."""
         self._start_s += seconds
 
-    def _rows(self) -> list[list[float]]:
-        """The sums of every process, in the order of `_names`; waits for the device."""
+    def _rows(self, *more: float) -> list[list[float]]:
+        """What every process has of `_names`, and `more`, in one exchange; waits for the device."""
         values = [*self._sums.values(), self._counts, self._norm]
-        plain = torch.tensor([self._parts, self._steps, self._images_timed], dtype=torch.float64)
+        plain = torch.tensor([self._parts, self._steps, self._images_timed, *more], dtype=torch.float64)
         packed = torch.cat([*(value.double() for value in values), plain.to(self._accelerator.device)])
         numbers: list[float] = self._accelerator.gather(packed).tolist()
         return [list(row) for row in zip(*[iter(numbers)] * len(packed), strict=True)]
@@ -75,20 +75,28 @@ class Meter:
     def _names(self) -> list[str]:
         return [*self._sums, "hits", "images", "norm", "parts", "steps", "timed"]
 
-    def report(self) -> dict[str, float]:
+    def report(self, damaged: int = 0) -> dict[str, float]:
         """Return the interval's numbers over all processes and start a new interval; called on every process.
 
-        Loss names as given, `top1_pct`, `gradient_norm`, `rate_img_s` (all processes together), `data_wait_pct`
-        of this process.
+        Args:
+            damaged: images that this process replaced so far.
+
+        Returns:
+            the losses by name, `top1_pct`, `gradient_norm`, `damaged`, and `rate_img_s` of all processes together; the
+            most of any process in `data_wait_pct` (the others wait for it), `memory_gib` and `host_gib`.
         """
-        total = dict(zip(self._names(), map(sum, zip(*self._rows(), strict=True)), strict=True))
+        device_gib = device_memory_gib(self._accelerator.device)
+        rows = self._rows(damaged, self._waited_s, device_gib, host_memory_gib())
+        *sums, waited_s, memory_gib, host_gib = zip(*rows, strict=True)
+        total = dict(zip([*self._names(), "damaged"], map(sum, sums), strict=True))
         elapsed_s = time.perf_counter() - self._start_s
         record = {name: total[name] / total["parts"] for name in self._sums}
         record["top1_pct"] = 100 * total["hits"] / total["images"]
         # With fp16, every step of an interval may have been skipped.
         record["gradient_norm"] = total["norm"] / total["steps"] if total["steps"] else float("nan")
         record["rate_img_s"] = total["timed"] / elapsed_s
-        record["data_wait_pct"] = 100 * self._waited_s / elapsed_s
+        record["data_wait_pct"] = 100 * max(waited_s) / elapsed_s
+        record |= {"memory_gib": max(memory_gib), "host_gib": max(host_gib), "damaged": int(total["damaged"])}
         self._reset()
         return record
 
