@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from model.codebook import (
     quantize,
     segment_sum,
     segment_sum_dense,
+    unchanged,
 )
 from model.codebook.choice import VARIABLE, hostile_problem, variant_for
 from model.codebook.kernels import APART, TILE_ANY, TILE_AUTO, TILE_HOPPER, Kernels
@@ -219,42 +221,57 @@ def test_runs_in_a_cuda_graph_on_another_stream(case: Case, n: int) -> None:
             assert torch.equal(a, b)
 
 
-def test_module_that_keeps_its_codes_prepared_is_exact_in_graphs_and_on_other_streams() -> None:
+def test_codes_prepared_once_are_exact_on_other_streams_and_not_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     z_ND, codes_KD = on_gpu(near_duplicates, 500, 2000, 256)
     book = Codebook(2000, 256, init="normal").cuda().eval()
+    prepared: list[Tensor] = []
+    itself = Kernels.prepare
+
+    def counted(self: Kernels, codes_KD: Tensor, *rest: Any) -> Tensor:
+        prepared.append(codes_KD)
+        return itself(self, codes_KD, *rest)
 
     def assert_exact(index_N: Tensor) -> None:
         assert torch.equal(index_N, nearest_code(z_ND, book.codes.detach(), impl="torch")[0])
 
+    monkeypatch.setattr(Kernels, "prepare", counted)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad():
         book.codes.copy_(codes_KD)
         assert_exact(book(z_ND).index_N)
-        with torch.cuda.graph(graph):
-            captured = book(z_ND)
-        for factor in (1.5, 0.5):
-            book.codes.mul_(factor)
-            graph.replay()
-            assert_exact(captured.index_N)
+        prepared.clear()
+        with unchanged(book):
+            for _ in range(2):
+                assert_exact(book(z_ND).index_N)
+            assert len(prepared) == 1
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 aside = book(z_ND)
             torch.cuda.current_stream().wait_stream(stream)
             assert_exact(aside.index_N)
-            assert_exact(book(z_ND).index_N)
+            assert len(prepared) == 2
+            with torch.cuda.graph(graph):
+                captured = book(z_ND)
+        for factor in (1.5, 0.5):
+            book.codes.mul_(factor)
+            graph.replay()
+            assert_exact(captured.index_N)
 
 
-def test_module_sees_what_a_fused_optimiser_writes_on_cuda() -> None:
+def test_steps_of_a_fused_optimiser_are_seen_on_cuda() -> None:
     z_ND, codes_KD = on_gpu(near_duplicates, 500, 2000, 256)
     book = Codebook(2000, 256, init="normal").cuda()
     with torch.no_grad():
         book.codes.copy_(codes_KD)
     optimiser = torch.optim.Adam(book.parameters(), lr=0.1, fused=True)
     for _ in range(3):
-        for _ in range(2):  # micro-batches
-            found = book(z_ND)
-            found.vq_loss.backward()
-            assert torch.equal(found.index_N, nearest_code(z_ND, book.codes, impl="torch")[0])
+        with unchanged(book):
+            for _ in range(2):  # micro-batches
+                found = book(z_ND)
+                found.vq_loss.backward()
+                assert torch.equal(found.index_N, nearest_code(z_ND, book.codes, impl="torch")[0])
         optimiser.step()
 
 

@@ -1,6 +1,6 @@
 """Vector-quantisation codebook: exact search, straight-through quantisation, deterministic gradients."""
 
-from model.codebook.codebook import Codebook
+from model.codebook.codebook import Codebook, unchanged
 from model.codebook.prepared import PreparedCodebook
 from model.codebook.quantize import Quantised, quantize
 from model.codebook.search import nearest_code
@@ -21,4 +21,5 @@ __all__ = [
     "quantize_top_k",
     "segment_sum",
     "segment_sum_dense",
+    "unchanged",
 ]

@@ -6,8 +6,10 @@ Shapes: N = features, K = codes, D = feature dimension.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,32 @@ Initialisation = Literal["data", "kmeans", "uniform03", "uniform_1n", "normal"]
 _JITTER = 0.01  # of each dimension's standard deviation
 
 
+_unchanged: WeakKeyDictionary[Codebook, PreparedCodebook | None] = WeakKeyDictionary()
+"""Codebooks inside `unchanged`. Not an attribute: a copy made there must not take it along."""
+
+
+@contextmanager
+def unchanged(*nets: nn.Module) -> Iterator[None]:
+    """Promise that the codes of these models stay the same, so that all forward passes inside prepare them once.
+
+    Args:
+        nets: models of any kind, wrapped or not; nothing happens to one without a Codebook.
+
+    Inside, 2·K·D + 24·K bytes are kept per codebook, where the kernels search. Passes that are compiled or captured
+    in a CUDA graph, with `centre`, or with top_k above 1 prepare by themselves as ever. A write that torch counts makes
+    the next pass raise ValueError; others (see PreparedCodebook) cannot be seen and give answers for the old codes.
+    """
+    books = [part for net in nets for part in net.modules() if isinstance(part, Codebook)]
+    opened = [book for book in dict.fromkeys(books) if book not in _unchanged]
+    for book in opened:
+        _unchanged[book] = None
+    try:
+        yield
+    finally:
+        for book in opened:
+            del _unchanged[book]
+
+
 class Codebook(nn.Module):
     """K codes of dimension D.
 
@@ -37,9 +65,7 @@ class Codebook(nn.Module):
     Moving average, revival and the running centre happen in `update`, which the training loop calls once per
     optimiser step.
 
-    Where the kernels search, what they need to know of the codes (2·K·D bytes and 24·K) is kept from one forward
-    pass to the next, and found again when the codes changed: `codes_changed`. Not in a compiled or captured pass,
-    with `centre` or with top_k above 1.
+    Each forward pass prepares the codes for the kernels; those inside `unchanged()` do it once.
 
     State: `codes` (K, D) float32 and the flag `initialised`, both saved, so that a resumed codebook is not
     drawn again; `upkeep.*` where one of ema, revive_after and centre is on. `usage` is a measurement and is
@@ -111,7 +137,6 @@ class Codebook(nn.Module):
         )  # fmt: skip
         self.usage = Usage(codes)
         """What was chosen in training since `reset_usage()`, and how far it was, on this rank."""
-        self._prepared: PreparedCodebook | None = None
         self.register_load_state_dict_post_hook(Codebook._after_load)  # type: ignore[no-untyped-call]
         generator = None if self.codes.is_meta else torch.Generator(self.codes.device).manual_seed(init_seed)
         with torch.no_grad():
@@ -142,8 +167,8 @@ class Codebook(nn.Module):
         if self.top_k == 1:
             prepared = None
             # A traced pass must not remember what is only true now.
-            if centre_D is None and not torch.compiler.is_compiling():
-                prepared = self._prepared = kept(self._prepared, self.codes, self.metric)
+            if not torch.compiler.is_compiling() and centre_D is None and self in _unchanged:
+                prepared = _unchanged[self] = kept(_unchanged[self], self.codes, self.metric)
             result = quantize(
                 z_ND, self.codes, self.metric, self.reduction, self.memory_mib, centre_D, prepared
             )
@@ -229,23 +254,6 @@ class Codebook(nn.Module):
         if self.upkeep is not None:
             self.upkeep.update(self.codes, GlobalBatch(z_ND, parts), index_N.flatten(), usage_K)
 
-    def codes_changed(self) -> None:
-        """Say that the codes were written to; the next forward pass prepares them again.
-
-        Needed after writes that cannot be seen: into `codes.data`, by torch.distributed, by the replay of a CUDA
-        graph, by another process. Writes that torch counts, steps of torch's optimisers, `load_state_dict`, `to`
-        and the like are seen. `train` and `eval` imply it.
-        """
-        self._prepared = None
-
-    def train(self, mode: bool = True) -> Self:
-        """As nn.Module's. Averaged weights often come and go by way of `.data` between training and evaluation."""
-        self.codes_changed()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
-
     @property
     def usage_K(self) -> Tensor:
         """int64, how many features chose each code in training since `reset_usage`, on this rank."""
@@ -256,7 +264,6 @@ class Codebook(nn.Module):
         self.usage.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.codes_changed()  # gives its memory back
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.usage.moved(fn)
         return self

@@ -5,26 +5,14 @@ Shapes: K = codes, D = feature dimension, T = codes that changed.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from model.codebook.kernels import kernels_for, stream_of
 
 Metric = Literal["l2", "cosine"]
-
-_optimiser_steps = 0
-"""Steps of any optimiser in this process. Fused ones write to parameters without raising a tensor's version."""
-
-
-def _count_step(_optimiser: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    global _optimiser_steps
-    _optimiser_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class PreparedCodebook:
@@ -33,9 +21,9 @@ class PreparedCodebook:
     Without one, each search prepares the codebook first, which reads it twice. Where there are no kernels for
     the codes' device it holds nothing and is ignored.
 
-    A search refuses one whose codes have been written to, or moved, or converted since, as far as that can be seen:
-    writes that torch counts, and steps of any torch optimiser where the codes take gradients. It is not seen that
-    something writes into `codes.data` or is replayed by a CUDA graph; then `refresh` is yours to call.
+    A search refuses one whose codes have been written to, or moved, or converted since, as far as that can be seen.
+    Torch counts writes, but not those into `codes.data`, of fused optimisers, of torch.distributed, or of a CUDA
+    graph: after them `refresh` is yours to call.
 
     Args:
         codes_KD: the codebook, contiguous; it is remembered, not copied.
@@ -47,7 +35,7 @@ class PreparedCodebook:
         self.metric = metric
         self._buffer: Tensor | None = None
         self._prepared_KD: Tensor | None = None
-        self._writes = (-1, -1)
+        self._version = -1
         self._stream: int | None = None
         self.refresh()
 
@@ -85,19 +73,15 @@ class PreparedCodebook:
             self._buffer = kernels.prepare(codes_KD, self.metric == "cosine", self._buffer, changed_T)
         # Not only its address: memory that is held cannot become another tensor's.
         self._prepared_KD = codes_KD
-        self._writes = self._writes_so_far()
+        self._version = codes_KD._version
 
-    def is_current(self) -> bool:
-        """Whether a search queued now, on the current stream, can use it."""
-        return (
-            self._in_place()
-            and self._writes == self._writes_so_far()
-            and self._stream == stream_of(self.codes_KD)
-        )
+    def is_here(self) -> bool:
+        """Whether the codes lie where they lay, and the current stream is the one that prepared them."""
+        return self._in_place() and self._stream == stream_of(self.codes_KD)
 
-    def _writes_so_far(self) -> tuple[int, int]:
-        codes_KD = self.codes_KD
-        return codes_KD._version, _optimiser_steps if codes_KD.requires_grad else 0
+    def was_written_to(self) -> bool:
+        """Whether torch has counted a write to the codes since they were prepared."""
+        return self.codes_KD._version != self._version
 
     def _fits(self, codes_KD: Tensor) -> bool:
         """Whether the buffer's device and size are right for these codes."""
@@ -143,20 +127,21 @@ class PreparedCodebook:
                 "the codes were moved or converted since they were prepared (now "
                 f"{own_KD.dtype} on {own_KD.device}); call refresh() first"
             )
-        if self._writes_so_far() != self._writes:
-            raise ValueError(
-                "the codes were written to since they were prepared, or an optimiser has stepped; call refresh() first"
-            )
+        if self.was_written_to():
+            raise ValueError("the codes were written to since they were prepared; call refresh() first")
         return self._buffer
 
 
 def kept(before: PreparedCodebook | None, codes: Tensor, metric: Metric) -> PreparedCodebook | None:
-    """What a module keeps for its codes from one forward pass to the next, prepared again if they changed.
+    """What to keep from one search to the next while the codes stay the same.
 
     Returns:
         None where each search has to prepare the codebook itself: without kernels; while a CUDA graph is captured,
-        since its replays would never prepare again; and where it cannot be seen that the codes change (tensors that
-        stand in for the parameter, as those of FSDP, torch.func and DataParallel, and those of inference mode).
+        since its replays would never prepare again; and where writes cannot be seen (tensors that stand in for the
+        parameter, as those of FSDP, torch.func and DataParallel, and those of inference mode).
+
+    Raises:
+        ValueError: the codes did not stay the same.
     """
     if (
         type(codes) is not nn.Parameter
@@ -166,9 +151,14 @@ def kept(before: PreparedCodebook | None, codes: Tensor, metric: Metric) -> Prep
         or (codes.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return None
-    if before is None or before.codes_KD is not codes:
+    if before is None:
         return PreparedCodebook(codes, metric)
-    if not before.is_current():
+    if before.codes_KD is not codes or before.was_written_to():
+        raise ValueError(
+            "the codes were written to or replaced inside `unchanged()`; leave it before an optimiser step, an update, "
+            "a revival or loading"
+        )
+    if not before.is_here():
         before.refresh()
     return before
 

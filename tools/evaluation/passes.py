@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.codebook import unchanged
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import corrupt, jpeg_pass, kind_id
 from pipeline.loader import EvaluationLoader
@@ -211,7 +213,7 @@ class Scorer:
             on_damaged=settings.on_damaged,
         )
         saved_s = time.monotonic()
-        try:
+        with unchanged(*(c.net for c in self._classifiers)), closing(loader):
             for batch in loader:
                 images_u8 = batch.images_u8.to(settings.device, non_blocking=True)
                 label_B = batch.labels.to(settings.device, non_blocking=True)
@@ -254,8 +256,6 @@ class Scorer:
                         saved_s = time.monotonic()
                 self._flush()
             self.damaged = dict(loader.damaged)
-        finally:
-            loader.close()
         save(self.found)
 
     def _show(self, classifier: Classifier, pixels_u8: Tensor, config: PipelineConfig) -> Signals:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.codebook import unchanged
 from pipeline.corruptions import TRAINING_KINDS
 from pipeline.normalise import normalise
 from tools.evaluation.models import Classifier
@@ -33,13 +34,14 @@ def embed(classifier: Classifier, samples: Samples, seed: int) -> Embedding | No
     """Place the samples' features, clean and under 15 corruptions, in the plane; None if the model has no feature."""
     config = classifier.preprocessing.pipeline(1)
     before, after, cell_P = [], [], []
-    for number, cell in enumerate(CELLS):
-        signals = classifier(normalise(samples.corrupted(cell), config))
-        if signals.before is None or signals.after is None:
-            return None
-        before.append(signals.before.cpu().numpy())
-        after.append(signals.after.cpu().numpy())
-        cell_P += [number] * len(samples.label_B)
+    with unchanged(classifier.net):
+        for number, cell in enumerate(CELLS):
+            signals = classifier(normalise(samples.corrupted(cell), config))
+            if signals.before is None or signals.after is None:
+                return None
+            before.append(signals.before.cpu().numpy())
+            after.append(signals.after.cpu().numpy())
+            cell_P += [number] * len(samples.label_B)
     label_P = np.tile(samples.label_B.numpy(), len(CELLS))
     return Embedding(
         _plane(np.concatenate(before), seed), _plane(np.concatenate(after), seed), np.array(cell_P), label_P

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from model.codebook import unchanged
 from pipeline.config import PipelineConfig
 from pipeline.corruptions import corrupt, kind_id
 from pipeline.loader import EvaluationBatch
@@ -49,27 +50,28 @@ def score(
     """
     model.eval()
     counts_N3 = torch.zeros((len(cells), 3), dtype=torch.int64, device=device)
-    for batch in batches:
-        images_u8 = batch.images_u8.to(device, non_blocking=True)
-        labels_B = batch.labels.to(device, non_blocking=True)
-        sound_B = (~batch.damaged).to(device, non_blocking=True)
-        for i, (kind, severity) in enumerate(cells):
-            pixels_u8 = images_u8
-            if kind != CLEAN:
-                keys = evaluation_keys(seed, batch.sample_id.numpy(), kind_id(kind), severity)
-                pixels_u8 = corrupt(
-                    images_u8,
-                    kind,
-                    severity,
-                    torch.from_numpy(keys.view("int64")),
-                    flavour=flavour,
-                    constants=config.constants,
-                )
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                logits = model(normalise(pixels_u8, config))
-            counts_N3[i] += _hits(logits.float(), labels_B, sound_B)
-            if progress is not None:
-                progress(len(labels_B))
+    with unchanged(model):
+        for batch in batches:
+            images_u8 = batch.images_u8.to(device, non_blocking=True)
+            labels_B = batch.labels.to(device, non_blocking=True)
+            sound_B = (~batch.damaged).to(device, non_blocking=True)
+            for i, (kind, severity) in enumerate(cells):
+                pixels_u8 = images_u8
+                if kind != CLEAN:
+                    keys = evaluation_keys(seed, batch.sample_id.numpy(), kind_id(kind), severity)
+                    pixels_u8 = corrupt(
+                        images_u8,
+                        kind,
+                        severity,
+                        torch.from_numpy(keys.view("int64")),
+                        flavour=flavour,
+                        constants=config.constants,
+                    )
+                with torch.autocast(device.type, precision, enabled=precision is not None):
+                    logits = model(normalise(pixels_u8, config))
+                counts_N3[i] += _hits(logits.float(), labels_B, sound_B)
+                if progress is not None:
+                    progress(len(labels_B))
     return counts_N3.cpu()
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from model.codebook import unchanged
 from pipeline.loader import TrainingBatch
 from pipeline.mixing import draw_mix
 from tools.runtime.config import RunConfig
@@ -85,22 +86,24 @@ def train_step(
     )
     outputs: list[Any] = []
     totals: list[Tensor] = []
-    for number, part in enumerate(parts, start=1):
-        with nullcontext() if number == loader.micros else accelerator.no_sync(net):
-            with accelerator.autocast():
-                output = net(part.images, part.targets)
-            terms = {name: getattr(output, name) for name in ("loss", "ce", "vq", "commit")}
-            if config.loss.consistency:
-                terms["consistency"] = consistency(output.logits.unflatten(0, (part.views, -1)))
-                terms["loss"] = terms["loss"] + config.loss.consistency * terms["consistency"]
-            accelerator.backward(terms["loss"] / loader.micros)
-        totals.append(terms["loss"].detach())
-        meter.add(terms, output.logits, part.labels)
-        if guard is not None:
-            guard.images(
-                part.sample_id.repeat(part.views), output.finite & output.logits.detach().isfinite().all(1)
-            )
-        outputs.append(output)
+    with unchanged(inner):
+        for number, part in enumerate(parts, start=1):
+            with nullcontext() if number == loader.micros else accelerator.no_sync(net):
+                with accelerator.autocast():
+                    output = net(part.images, part.targets)
+                terms = {name: getattr(output, name) for name in ("loss", "ce", "vq", "commit")}
+                if config.loss.consistency:
+                    terms["consistency"] = consistency(output.logits.unflatten(0, (part.views, -1)))
+                    terms["loss"] = terms["loss"] + config.loss.consistency * terms["consistency"]
+                accelerator.backward(terms["loss"] / loader.micros)
+            totals.append(terms["loss"].detach())
+            meter.add(terms, output.logits, part.labels)
+            if guard is not None:
+                guard.images(
+                    part.sample_id.repeat(part.views),
+                    output.finite & output.logits.detach().isfinite().all(1),
+                )
+            outputs.append(output)
     norm = gradient_norm(accelerator, net.parameters(), config.optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
