@@ -80,7 +80,7 @@ def _alone(waited_s: float) -> None:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     log.critical(
         "rank %s of %s waited %g s at %s for all processes to join (join_within_s): one did not start, died, or cannot "
-        "reach this address; see the other processes' output",
+        "reach this address (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network); see the other processes' output",
         os.environ.get("RANK", "0"),
         os.environ.get("WORLD_SIZE", "1"),
         waited_s,
@@ -92,6 +92,8 @@ def _alone(waited_s: float) -> None:
 def as_configured(net: nn.Module, config: RunConfig) -> nn.Module:
     """Return a fresh model in the form this run trains it, before it is wrapped for several processes."""
     net = net.to(memory_format=torch.channels_last)
+    # Batches have one shape: cuDNN times its algorithms for it once and keeps the fastest, instead of guessing.
+    torch.backends.cudnn.benchmark = True
     if config.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
     if config.optim.freeze_trunk:
