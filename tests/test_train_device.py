@@ -25,6 +25,7 @@ from tools.runtime import scoring
 from tools.runtime.codes import CodeUsage
 from tools.runtime.config import RunConfig, read_recipe, validated
 from tools.runtime.ema import Ema
+from tools.runtime.launch import as_configured
 from tools.runtime.meter import Meter
 from tools.runtime.optim import make_optimizer
 from tools.runtime.results import CLEAN
@@ -210,3 +211,10 @@ def test_what_waits_and_what_mixes_is_noticed() -> None:
             there.sum().item()
         with pytest.raises(Exception, match="device"):
             there += torch.zeros(3)
+
+
+def test_cudnn_looks_for_the_fastest_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches have one shape. A CPU has no cuDNN; the switch is there all the same."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    as_configured(nn.Conv2d(3, 4, 3), config({}))
+    assert torch.backends.cudnn.benchmark
