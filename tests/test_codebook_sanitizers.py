@@ -100,7 +100,7 @@ int main() {
   for (int tile = 1; tile <= 3; ++tile) {
     if (int code = check(40, 150, 70, tile == 1, tile, false)) return code;
     // As many blocks side by side as features.
-    if (int code = check(6, 600, 70, tile == 1, tile, false)) return code;
+    if (int code = check(6, 600, 72, tile == 1, tile, false)) return code;
     if (int code = check(3, 70, 65, false, tile, true)) return code;
   }
   if (vqsa_codebook_together() != 4) return 6;

@@ -34,6 +34,11 @@ int fail(const char* what, const char* why) {
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+Rows rows_of(const void* data, int32_t type, int32_t dim, int64_t count) {
+  const size_t four = type == 0 ? 16 : 8;
+  return {data, type, dim, count, type != 3 && dim % 4 == 0 && reinterpret_cast<uintptr_t>(data) % four == 0};
+}
+
 /// Hands out pieces of a buffer, or only counts them when there is none.
 struct Pieces {
   unsigned char* base;
@@ -50,7 +55,7 @@ Prepared prepared_in(Pieces& pieces, int64_t codes, int32_t dim, bool cosine) {
   Prepared p;
   p.pitch = static_cast<int32_t>(round_up(dim, kStep));
   p.header = pieces.take<Header>(1);
-  p.centre = pieces.take<double>(dim);
+  p.centre = pieces.take<double>(p.pitch);
   p.norm = cosine ? pieces.take<double>(codes) : nullptr;
   p.codes = pieces.take<Code>(codes);
   p.shadow = pieces.take<uint16_t>(codes * p.pitch);
@@ -135,7 +140,7 @@ Workspace workspace_in(Pieces& pieces, const Sizes& sizes, int32_t dim, bool cos
 
 int64_t centre_scratch_bytes(int32_t dim) {
   return round_up(static_cast<int64_t>(dim) * kCentreChunks * 8, 256) +
-         round_up(divide_up(dim, kRowThreads) * kCentreChunks * 4, 256);
+         round_up(divide_up(dim, kColumns) * kCentreChunks * 4, 256);
 }
 
 /// Features of the caller's matrix that are searched for at once, and what that needs.
@@ -151,8 +156,8 @@ struct Task {
 };
 
 const char* convert(const Task& task, Stream stream) {
-  return launch(shadow_features, task.rows, kRowThreads, kFoldBytes, stream, task.z, task.first, task.prepared,
-                task.work, task.cosine);
+  return launch(task.cosine ? shadow_features<true> : shadow_features<false>, task.rows, kRowThreads, kFoldBytes, stream,
+                task.z, task.first, task.prepared, task.work);
 }
 
 template <class T>
@@ -198,7 +203,7 @@ const char* convert_and_search(const Task& task, const Device& device, Stream st
 }
 
 template <class T>
-VQ_KERNEL(kSweepThreads)
+VQ_KERNEL(kSweepThreads, 1)
 multiply(const uint16_t* features, const int32_t* numbers, int rows, const uint16_t* codes, int64_t code_count, int pitch,
          float* products) {
   int32_t* own = reinterpret_cast<int32_t*>(shared_memory() + T::kBytes);
@@ -243,10 +248,11 @@ int64_t vqsa_codebook_together() { return searched_together; }
 
 int vqsa_codebook_usable() {
   const char* why = load_all(
-      norm_codes, sum_codes, centre_codes, shadow_codes, shadow_features, search_codes<Large>, search_codes<LargeShort>,
+      norm_codes, sum_codes, centre_codes, shadow_codes<false>, shadow_codes<true>, shadow_features<false>,
+      shadow_features<true>, search_codes<Large>, search_codes<LargeShort>,
       search_codes<Small>, convert_and_search_codes<Large>, convert_and_search_codes<LargeShort>,
-      convert_and_search_codes<Small>, search_codes_hopper, rescan_codes<Small>, resolve_codes, clear_rows, sum_runs,
-      join_runs);
+      convert_and_search_codes<Small>, search_codes_hopper, rescan_codes<Small>, resolve_codes<false>, resolve_codes<true>, clear_rows, sum_runs<Float>,
+      sum_runs<Half>, sum_runs<Bfloat>, sum_runs<Double>, join_runs);
   return why == nullptr;
 }
 
@@ -278,28 +284,29 @@ int vqsa_codebook_prepare(const void* codes_data, int32_t codes_type, int64_t co
                           void* prepared_buffer, void* workspace, const int64_t* chosen, int64_t chosen_count,
                           void* stream_handle) {
   const Stream stream = static_cast<Stream>(stream_handle);
-  const Rows codes = {codes_data, codes_type, dim, code_count};
+  const Rows codes = rows_of(codes_data, codes_type, dim, code_count);
   Pieces kept = {static_cast<unsigned char*>(prepared_buffer)};
   const Prepared prepared = prepared_in(kept, code_count, dim, cosine != 0);
   const char* why = nullptr;
   if (chosen == nullptr) {
     Pieces pieces = {static_cast<unsigned char*>(workspace)};
     double* sums = pieces.take<double>(static_cast<int64_t>(dim) * kCentreChunks);
-    const int column_blocks = static_cast<int>(divide_up(dim, kRowThreads));
-    float* most = pieces.take<float>(column_blocks * kCentreChunks);
+    const int most_count = static_cast<int>(divide_up(dim, kColumns)) * kCentreChunks;
+    uint32_t* most = pieces.take<uint32_t>(most_count);
     if (cosine != 0)
       why = launch(norm_codes, static_cast<int>(code_count), kRowThreads, kFoldBytes, stream, codes, prepared);
     if (why == nullptr)
-      why = launch(sum_codes, column_blocks * kCentreChunks, kRowThreads, kScratchBytes, stream, codes,
+      why = launch(sum_codes, most_count, kRowThreads, kScratchBytes, stream, codes,
                    static_cast<const double*>(prepared.norm), sums, most);
     if (why == nullptr)
-      why = launch(centre_codes, column_blocks, kRowThreads, kScratchBytes, stream, codes, prepared,
-                   static_cast<const double*>(sums), static_cast<const float*>(most));
+      why = launch(centre_codes, static_cast<int>(divide_up(prepared.pitch, kRowThreads)), kRowThreads, kScratchBytes,
+                   stream, codes, prepared, static_cast<const double*>(sums), static_cast<const uint32_t*>(most),
+                   most_count);
   }
   const int64_t todo = chosen == nullptr ? code_count : chosen_count;
   if (why == nullptr && todo > 0)
-    why = launch(shadow_codes, static_cast<int>(todo), kRowThreads, kFoldBytes, stream, codes, prepared, cosine != 0,
-                 chosen);
+    why = launch(cosine != 0 ? shadow_codes<true> : shadow_codes<false>, static_cast<int>(todo), kRowThreads, kFoldBytes,
+                 stream, codes, prepared, chosen);
   return why == nullptr ? 0 : fail("preparing the codebook", why);
 }
 
@@ -311,7 +318,7 @@ int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, c
   const Stream stream = static_cast<Stream>(stream_handle);
   Device found;
   if (const char* why = device(found)) return fail("asking for the device", why);
-  const Rows z = {z_data, z_type, dim, features}, codes = {codes_data, codes_type, dim, code_count};
+  const Rows z = rows_of(z_data, z_type, dim, features), codes = rows_of(codes_data, codes_type, dim, code_count);
   Pieces kept = {static_cast<unsigned char*>(prepared_buffer)};
   const Prepared prepared = prepared_in(kept, code_count, dim, cosine != 0);
   const Sizes sizes = sizes_for(features, code_count, dim, tile, found);
@@ -326,8 +333,8 @@ int vqsa_codebook_search(const void* z_data, int32_t z_type, int64_t features, c
       why = launch(rescan_codes<Small>, sizes.rescan_blocks, kSweepThreads, rescan_bytes<Small>(), stream, z, first,
                    codes, prepared, work, cosine != 0);
     if (why == nullptr)
-      why = launch(resolve_codes, rows, kRowThreads, kFoldBytes, stream, z, first, codes, prepared, work, cosine != 0,
-                   sizes.rescan_blocks, sizes.rescan_tiles, out);
+      why = launch(cosine != 0 ? resolve_codes<true> : resolve_codes<false>, rows, kRowThreads, kFoldBytes, stream, z,
+                   first, codes, prepared, work, sizes.rescan_blocks, sizes.rescan_tiles, out);
     if (why != nullptr) return fail("searching the codebook", why);
   }
   return 0;
@@ -341,15 +348,17 @@ int vqsa_codebook_segment_sum(const void* z, int32_t z_type, int64_t count, int3
                               const int32_t* slot, const float* code, const double* scale, void* out, int64_t slots,
                               void* workspace, void* stream_handle) {
   const Stream stream = static_cast<Stream>(stream_handle);
-  const Terms terms = {{z, z_type, dim, count}, code, scale};
+  const Terms terms = {rows_of(z, z_type, dim, count), code, scale};
   const Segments segments = {order, slot, static_cast<double*>(workspace), out, slots};
   const int64_t blocks = divide_up(count, kRunRows) * divide_up(dim, kRowThreads);
   if (blocks > 0x7FFFFFFF || slots > 0x7FFFFFFF)
     return fail("summing segments", "too many features or codes for one launch");
   const char* why = nullptr;
   if (slots > 0) why = launch(clear_rows, static_cast<int>(slots), kRowThreads, 0, stream, terms, segments);
-  if (blocks > 0 && why == nullptr)
-    why = launch(sum_runs, static_cast<int>(blocks), kRowThreads, kRunRows * 12, stream, terms, segments);
+  if (blocks > 0 && why == nullptr) {
+    constexpr void (*kSums[])(Terms, Segments) = {sum_runs<Float>, sum_runs<Half>, sum_runs<Bfloat>, sum_runs<Double>};
+    why = launch(kSums[z_type], static_cast<int>(blocks), kRowThreads, kRunRows * 12, stream, terms, segments);
+  }
   if (blocks > 0 && why == nullptr)
     why = launch(join_runs, static_cast<int>(blocks), kRowThreads, 0, stream, terms, segments);
   return why == nullptr ? 0 : fail("summing segments", why);

@@ -14,7 +14,8 @@
 #include <cuda_runtime.h>
 
 #define VQ_DEVICE __device__ __forceinline__
-#define VQ_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+/// Threads of a block, and how many blocks a multiprocessor has to have registers for.
+#define VQ_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 #define VQ_CONSTANT const __grid_constant__
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -45,6 +46,27 @@ VQ_DEVICE bool warp_all(bool mine) { return __all_sync(0xFFFFFFFFu, mine) != 0; 
 template <class T>
 VQ_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+VQ_DEVICE double shuffle_down(double value, int by) { return __shfl_down_sync(0xFFFFFFFFu, value, by); }
+VQ_DEVICE double shuffle_first(double value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
+/// Two or four words at once, from and to an address that is a multiple of as many bytes.
+VQ_DEVICE void load_words(uint32_t (&words)[2], const void* from) {
+  const uint2 two = *static_cast<const uint2*>(from);
+  words[0] = two.x, words[1] = two.y;
+}
+VQ_DEVICE void load_words(uint32_t (&words)[4], const void* from) {
+  const uint4 four = *static_cast<const uint4*>(from);
+  words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+}
+VQ_DEVICE void load_doubles(double (&values)[4], const double* from) {
+  const double2 low = reinterpret_cast<const double2*>(from)[0], high = reinterpret_cast<const double2*>(from)[1];
+  values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+}
+VQ_DEVICE void store_words(void* to, const uint32_t (&words)[2]) { *static_cast<uint2*>(to) = {words[0], words[1]}; }
+VQ_DEVICE void store_words(void* to, const uint32_t (&words)[4]) {
+  *static_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
 }
 
 VQ_DEVICE uint32_t shared_address(const void* pointer) {
@@ -212,6 +234,7 @@ VQ_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_h
 VQ_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 VQ_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 VQ_DEVICE float bits_float(uint32_t word) { return __uint_as_float(word); }
+VQ_DEVICE uint32_t upper_word(double value) { return static_cast<uint32_t>(__double2hiint(value)); }
 
 /// What an error says, or null; it is taken from the runtime, so that no later call finds it.
 inline const char* said(cudaError_t error) {

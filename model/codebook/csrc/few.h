@@ -23,11 +23,11 @@ VQ_DEVICE void prefetch_rows(const void* first, int64_t row_bytes, int64_t rows,
 
 /// At least as many blocks as features and as `splits`, of which the first `splits` search.
 template <class T>
-VQ_KERNEL(kSweepThreads)
+VQ_KERNEL(kSweepThreads, 1)
 convert_and_search_codes(Rows z, int64_t first_row, Prepared prepared, Workspace work, bool cosine, int row_count,
                          int64_t code_count, int splits, int ahead_bytes) {
   // What converting needs comes first, or it would queue behind the codes.
-  const int64_t centre_bytes = static_cast<int64_t>(z.dim) * 8;
+  const int64_t centre_bytes = static_cast<int64_t>(prepared.pitch) * 8;
   prefetch_rows(prepared.centre, centre_bytes, 1, centre_bytes);
   if (block_index() < splits) {
     // The steps of a tile go through all its codes together: the beginning of each.
@@ -36,8 +36,12 @@ convert_and_search_codes(Rows z, int64_t first_row, Prepared prepared, Workspace
     const int64_t codes = code_count - first < T::kCodes ? code_count - first : T::kCodes;
     prefetch_rows(prepared.shadow + first * prepared.pitch, prepared.pitch * 2, codes, ahead_bytes / T::kCodes);
   }
-  if (block_index() < row_count)
-    shadow_feature(z, first_row + block_index(), prepared, work, block_index(), cosine);
+  if (block_index() < row_count) {
+    if (cosine)
+      shadow_feature<true>(z, first_row + block_index(), prepared, work, block_index());
+    else
+      shadow_feature<false>(z, first_row + block_index(), prepared, work, block_index());
+  }
   grid_sync();
   if (block_index() < splits) search_tile<T>(work, prepared, row_count, code_count, splits);
 }

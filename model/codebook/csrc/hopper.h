@@ -161,7 +161,7 @@ VQ_DEVICE void hopper_take(const float (&acc)[Hopper::kCodes / 8][4], const Prep
 
 #endif
 
-VQ_KERNEL(Hopper::kThreads)
+VQ_KERNEL(Hopper::kThreads, 1)
 search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap code_map, Workspace work,
                     Prepared prepared, int row_count, int64_t code_count, int splits) {
   const int row_tiles = (row_count + kRowTile - 1) / kRowTile;
@@ -227,7 +227,7 @@ search_codes_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap cod
 }
 
 /// For tests: the products of one tile of features with all codes, as the search accumulates them.
-VQ_KERNEL(Hopper::kThreads)
+VQ_KERNEL(Hopper::kThreads, 1)
 multiply_hopper(VQ_CONSTANT TensorMap feature_map, VQ_CONSTANT TensorMap code_map, int row_count, int64_t code_count,
                 int pitch, float* products) {
 #if defined(VQ_NO_HOPPER)

@@ -13,6 +13,7 @@ struct Rows {
   int32_t type;  // 0 float32, 1 float16, 2 bfloat16, 3 float64 (segment sums only)
   int32_t dim;
   int64_t count;
+  bool by_fours;  // every fourth value of every row may be read together with the next three
 };
 
 /// A code as the search sees it, in codebook units (true units times 2^exponent of the header).
@@ -43,7 +44,7 @@ struct Header {
 /// The persistent half: what `prepare` makes of the codebook.
 struct Prepared {
   Header* header;
-  double* centre;    // (D)
+  double* centre;    // (pitch), zeros from D on
   double* norm;      // (K), cosine only: ‖e‖ folded, -1 for a zero code
   Code* codes;       // (K)
   uint16_t* shadow;  // (K, pitch)
@@ -97,9 +98,58 @@ VQ_DEVICE float from_ordered(uint32_t bits) {
 VQ_DEVICE double value(const Rows& rows, int64_t row, int column) {
   const int64_t at = row * rows.dim + column;
   if (rows.type == 0) return static_cast<const float*>(rows.data)[at];
-  if (rows.type == 3) return static_cast<const double*>(rows.data)[at];
   const uint16_t bits = static_cast<const uint16_t*>(rows.data)[at];
   return rows.type == 1 ? half_to_float(bits) : bits_float(static_cast<uint32_t>(bits) << 16);
+}
+
+/// Four values that stand side by side, as they are stored: halves take two words. Kernels ask for several of them
+/// before they look at the first: what limits them is how many bytes are on their way from memory.
+struct Four {
+  uint32_t words[4];
+};
+
+/// Values `column` to `column` + 3 of a row of a matrix that is `by_fours`.
+VQ_DEVICE Four load_aligned(const Rows& rows, int64_t row, int column) {
+  Four four = {{0, 0, 0, 0}};
+  const int64_t at = row * rows.dim + column;
+  if (rows.type == 0) {
+    load_words(four.words, static_cast<const uint32_t*>(rows.data) + at);
+  } else {
+    uint32_t two[2];
+    load_words(two, static_cast<const uint16_t*>(rows.data) + at);
+    four.words[0] = two[0], four.words[1] = two[1];
+  }
+  return four;
+}
+
+/// The same of any matrix, zeros from the dimension on.
+VQ_DEVICE Four load_four(const Rows& rows, int64_t row, int column) {
+  Four four = {{0, 0, 0, 0}};
+  if (column >= rows.dim) return four;
+  if (rows.by_fours) return load_aligned(rows, row, column);
+  const int64_t at = row * rows.dim + column;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column + i >= rows.dim) break;
+    if (rows.type == 0)
+      four.words[i] = static_cast<const uint32_t*>(rows.data)[at + i];
+    else
+      four.words[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(rows.data)[at + i]) << 16 * (i % 2);
+  }
+  return four;
+}
+
+VQ_DEVICE void to_floats(const Four& four, int type, float (&values)[4]) {
+  if (type == 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = bits_float(four.words[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t half = four.words[i / 2] >> 16 * (i % 2) & 0xFFFF;
+      values[i] = type == 1 ? half_to_float(static_cast<uint16_t>(half)) : bits_float(half << 16);
+    }
+  }
 }
 
 }  // namespace vqsa::codebook

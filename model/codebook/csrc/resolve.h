@@ -2,30 +2,17 @@
 // features that had more candidates than places.
 #pragma once
 
-#include "fold.h"
+#include "prepare.h"
 #include "search.h"
 
 namespace vqsa::codebook {
 
 /// D = Σ(z − e)² in float64, in the order of `_fold` of search.py; under cosine of the normalised vectors.
-template <class Group>
+template <bool kCosine, class Group>
 VQ_DEVICE double exact_sqdist(const Group& group, const Rows& z, int64_t row, double z_norm, const Rows& codes,
                               int64_t code, const double* code_norm) {
-  if (code_norm == nullptr) {
-    return fold(group,
-                [&](int j) {
-                  const double difference = value(codes, code, j) - value(z, row, j);
-                  return difference * difference;
-                },
-                z.dim);
-  }
-  const double e_norm = code_norm[code];
-  const double sqdist = fold(group,
-                             [&](int j) {
-                               const double difference = value(codes, code, j) / e_norm - value(z, row, j) / z_norm;
-                               return difference * difference;
-                             },
-                             z.dim);
+  const double e_norm = kCosine ? code_norm[code] : 1.0;
+  const double sqdist = fold(group, SquaredDifferences<kCosine>{z, codes, row, code, z_norm, e_norm}, z.dim);
   return e_norm < 0 ? sqdist + 1.0 : sqdist;  // |z/‖z‖ − 0|² is 1, but 2 − 2 cos is 2
 }
 
@@ -55,7 +42,7 @@ constexpr size_t rescan_bytes() {
 /// The same bounds again for the features whose lists ran over, now with the final limit. Each code that it does not
 /// rule out is measured at once, and only the least distance so far is kept: never a list, whatever the codebook.
 template <class T>
-VQ_KERNEL(kSweepThreads)
+VQ_KERNEL(kSweepThreads, 1)
 rescan_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace work, bool cosine) {
   unsigned char* stages = shared_memory();
   RescanState<T>& own = *reinterpret_cast<RescanState<T>*>(stages + T::kBytes);
@@ -115,8 +102,9 @@ rescan_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace wor
             const int64_t code = first_code + w * 32 + first_bit(bits);
             bits &= bits - 1;
             const int r = own.rows[row];
-            const double sqdist = exact_sqdist(group, z, first + r, cosine ? work.norm[r] : 1.0, codes, code,
-                                               cosine ? prepared.norm : nullptr);
+            const double sqdist =
+                cosine ? exact_sqdist<true>(group, z, first + r, work.norm[r], codes, code, prepared.norm)
+                       : exact_sqdist<false>(group, z, first + r, 1.0, codes, code, nullptr);
             // Codes come in ascending order: an equal one later is not lower.
             if (sqdist < least) {
               least = sqdist;
@@ -151,16 +139,16 @@ struct Outputs {
   int32_t* alarm;    // (1), set to 1 if a block of the Hopper search gave up waiting; the answers are right all the same
 };
 
-/// One block per feature.
-VQ_KERNEL(kRowThreads)
-resolve_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace work, bool cosine, int rescan_blocks,
-              int rescan_tiles, Outputs out) {
+/// One block per feature; it asks for the numbers of both rows at once, which takes more registers than one row.
+template <bool kCosine>
+VQ_KERNEL(kRowThreads, kCosine ? 3 : 4)
+resolve_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace work, int rescan_blocks, int rescan_tiles,
+              Outputs out) {
   const WholeBlock group = {reinterpret_cast<double*>(shared_memory())};
   const int r = block_index();
   const int64_t row = first + r;
   const int32_t kind = prepared.header->broken != 0 ? static_cast<int32_t>(kBroken) : work.kind[r];
   const double nan = static_cast<double>(bits_float(0x7FC00000u));
-  const double* code_norm = cosine ? prepared.norm : nullptr;
   double least = static_cast<double>(bits_float(0x7F800000u));
   int64_t nearest = codes.count, measured = 0;
   const bool scanned = kind == kNormal && work.overflow[r] != 0;
@@ -173,6 +161,7 @@ resolve_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace wo
   } else if (scanned) {
     const int splits = rescan_splits(*work.overflow_total, rescan_tiles, rescan_blocks);
     const Partial* partial = work.partial + static_cast<int64_t>(work.overflow[r] - 1) * splits;
+#pragma unroll 1
     for (int s = 0; s < splits; ++s) {
       if (partial[s].sqdist < least) {  // splits are in the order of their codes
         least = partial[s].sqdist;
@@ -182,12 +171,13 @@ resolve_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace wo
   } else {
     const float limit = from_ordered(work.limit[r]);
     const int count = work.count[r];
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Candidate candidate = work.candidates[static_cast<int64_t>(r) * work.capacity + i];
       if (candidate.lower > limit) continue;
       ++measured;
-      const double sqdist =
-          exact_sqdist(group, z, row, cosine ? work.norm[r] : 1.0, codes, candidate.code, code_norm);
+      const double sqdist = exact_sqdist<kCosine>(group, z, row, kCosine ? work.norm[r] : 1.0, codes, candidate.code,
+                                                  prepared.norm);
       if (sqdist < least || (sqdist == least && candidate.code < nearest)) {
         least = sqdist;
         nearest = candidate.code;
@@ -210,12 +200,32 @@ resolve_codes(Rows z, int64_t first, Rows codes, Prepared prepared, Workspace wo
     if (out.alarm != nullptr && r == 0 && *work.stalled != 0) *out.alarm = 1;
   }
   if (out.quantised != nullptr) {
-    for (int j = thread_index(); j < z.dim; j += thread_count())
-      out.quantised[row * z.dim + j] = static_cast<float>(value(codes, gathered, j));
+    constexpr int kFours = 4;
+    float* to = out.quantised + row * z.dim;
+    const bool aligned = z.dim % 4 == 0 && reinterpret_cast<uintptr_t>(out.quantised) % 16 == 0;
+    for (int first = thread_index() * 4; first < z.dim; first += thread_count() * 4 * kFours) {
+      Four stored[kFours];
+#pragma unroll
+      for (int g = 0; g < kFours; ++g) stored[g] = load_four(codes, gathered, first + g * thread_count() * 4);
+#pragma unroll
+      for (int g = 0; g < kFours; ++g) {
+        const int column = first + g * thread_count() * 4;
+        float values[4];
+        to_floats(stored[g], codes.type, values);
+        if (aligned && column < z.dim) {
+          store_words(to + column, {float_bits(values[0]), float_bits(values[1]), float_bits(values[2]),
+                                    float_bits(values[3])});
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (column + i < z.dim) to[column + i] = values[i];
+        }
+      }
+    }
   }
   if (out.error != nullptr) {
     double error = least;
-    if (nearest >= 0 && cosine) error = exact_sqdist(group, z, row, 1.0, codes, gathered, nullptr);
+    if (kCosine && nearest >= 0) error = exact_sqdist<false>(group, z, row, 1.0, codes, gathered, nullptr);
     if (thread_index() == 0) out.error[row] = error;
   }
 }

@@ -165,7 +165,7 @@ VQ_DEVICE void search_tile(const Workspace& work, const Prepared& prepared, int 
 }
 
 template <class T>
-VQ_KERNEL(kSweepThreads)
+VQ_KERNEL(kSweepThreads, 1)
 search_codes(Workspace work, Prepared prepared, int row_count, int64_t code_count, int splits) {
   search_tile<T>(work, prepared, row_count, code_count, splits);
 }

@@ -38,11 +38,6 @@ VQ_DEVICE int64_t first_of(const int32_t* slot, int64_t count, int64_t wanted) {
   return low;
 }
 
-VQ_DEVICE double term(const Terms& terms, int64_t row, int column) {
-  const double x = value(terms.z, row, column);
-  return terms.code == nullptr ? x : terms.code[row * terms.z.dim + column] - x;
-}
-
 VQ_DEVICE void write(const Terms& terms, const Segments& segments, int slot, int column, double sum) {
   if (slot >= segments.slots) return;
   const int64_t at = static_cast<int64_t>(slot) * terms.z.dim + column;
@@ -55,7 +50,7 @@ VQ_DEVICE void write(const Terms& terms, const Segments& segments, int slot, int
 VQ_DEVICE double scaled(const Terms& terms, double sum) { return terms.scale == nullptr ? sum : sum * *terms.scale; }
 
 /// One block per row of the result: zeros where there is no feature.
-VQ_KERNEL(kRowThreads) clear_rows(Terms terms, Segments segments) {
+VQ_KERNEL(kRowThreads, 8) clear_rows(Terms terms, Segments segments) {
   const int slot = block_index();
   const int64_t at = first_of(segments.slot, terms.z.count, slot);
   if (at < terms.z.count && segments.slot[at] == slot) return;
@@ -63,8 +58,28 @@ VQ_KERNEL(kRowThreads) clear_rows(Terms terms, Segments segments) {
     write(terms, segments, slot, column, 0.0);
 }
 
+/// Features as they are stored; the type is known before the loop, so that nothing stands between its loads.
+struct Float {
+  using Stored = float;
+  static VQ_DEVICE double exact(float stored) { return stored; }
+};
+struct Double {
+  using Stored = double;
+  static VQ_DEVICE double exact(double stored) { return stored; }
+};
+struct Half {
+  using Stored = uint16_t;
+  static VQ_DEVICE double exact(uint16_t stored) { return half_to_float(stored); }
+};
+struct Bfloat {
+  using Stored = uint16_t;
+  static VQ_DEVICE double exact(uint16_t stored) { return bits_float(static_cast<uint32_t>(stored) << 16); }
+};
+
 /// One block per run of features and 128 columns.
-VQ_KERNEL(kRowThreads) sum_runs(Terms terms, Segments segments) {
+template <class T>
+VQ_KERNEL(kRowThreads, 6)
+sum_runs(Terms terms, Segments segments) {
   int64_t* row = reinterpret_cast<int64_t*>(shared_memory());
   int32_t* slot = reinterpret_cast<int32_t*>(row + kRunRows);
   const int column_blocks = (terms.z.dim + kRowThreads - 1) / kRowThreads;
@@ -79,19 +94,27 @@ VQ_KERNEL(kRowThreads) sum_runs(Terms terms, Segments segments) {
   if (column >= terms.z.dim) return;
   const int before = first > 0 ? segments.slot[first - 1] : -1;
   const int after = first + count < terms.z.count ? segments.slot[first + count] : -1;
+  const auto* features = static_cast<const typename T::Stored*>(terms.z.data);
   double sum = 0;
   int began = 0;
   for (int start = 0; start < count; start += kAhead) {
-    double x[kAhead];
+    // Numbers of features that are left out are read all the same, and those beyond the end are the run's last.
+    typename T::Stored stored[kAhead];
+    float code[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u)
-      x[u] = start + u < count && slot[start + u] >= 0 ? term(terms, row[start + u], column) : 0.0;
+      stored[u] = features[row[start + u < count ? start + u : count - 1] * terms.z.dim + column];
+    if (terms.code != nullptr)
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        code[u] = terms.code[row[start + u < count ? start + u : count - 1] * terms.z.dim + column];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int i = start + u;
       if (i >= count) break;
-      sum += x[u];
       const int own = slot[i];
+      const double x = T::exact(stored[u]);
+      if (own >= 0) sum += terms.code == nullptr ? x : code[u] - x;
       if (i + 1 < count && slot[i + 1] == own) continue;
       const bool open_before = began == 0 && before == own, open_after = i + 1 == count && after == own;
       if (own >= 0 && (open_before || open_after))
@@ -105,7 +128,7 @@ VQ_KERNEL(kRowThreads) sum_runs(Terms terms, Segments segments) {
 }
 
 /// The same blocks again: one whose last segment goes on, and began in it, adds that segment's parts.
-VQ_KERNEL(kRowThreads) join_runs(Terms terms, Segments segments) {
+VQ_KERNEL(kRowThreads, 8) join_runs(Terms terms, Segments segments) {
   const int column_blocks = (terms.z.dim + kRowThreads - 1) / kRowThreads;
   const int64_t run = block_index() / column_blocks, first = run * kRunRows, next = first + kRunRows;
   const int column = block_index() % column_blocks * kRowThreads + thread_index();

@@ -11,7 +11,7 @@
 #include "tensor_cores.h"
 
 #define VQ_DEVICE inline
-#define VQ_KERNEL(threads) inline void
+#define VQ_KERNEL(threads, blocks) inline void
 #define VQ_CONSTANT const
 
 namespace vqsa::codebook {
@@ -61,6 +61,33 @@ inline float bits_float(uint32_t word) {
   float value;
   std::memcpy(&value, &word, 4);
   return value;
+}
+
+inline uint32_t upper_word(double value) {
+  uint64_t word;
+  std::memcpy(&word, &value, 8);
+  return static_cast<uint32_t>(word >> 32);
+}
+
+/// As CUDA has it: only from and to addresses that are a multiple of as many bytes.
+inline void check_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  std::fprintf(stderr, "host shim: %zu bytes at once from or to %p\n", bytes, address);
+  std::abort();
+}
+template <int kCount>
+inline void load_words(uint32_t (&words)[kCount], const void* from) {
+  check_aligned(from, sizeof(words));
+  std::memcpy(words, from, sizeof(words));
+}
+inline void load_doubles(double (&values)[4], const double* from) {
+  check_aligned(from, 16);
+  std::memcpy(values, from, sizeof(values));
+}
+template <int kCount>
+inline void store_words(void* to, const uint32_t (&words)[kCount]) {
+  check_aligned(to, sizeof(words));
+  std::memcpy(to, words, sizeof(words));
 }
 
 /// For AddressSanitizer: what is asked for has to be there.

@@ -349,6 +349,26 @@ NO_TSAN inline bool warp_all(bool mine) {
   return slot.out;
 }
 
+NO_TSAN inline double shuffle_down(double value, int by) {
+  struct Slot {
+    double in, out;
+    int by;
+  } slot = {value, value, by};
+  shim::warp_collective(&slot, [](void** slots) NO_TSAN {
+    for (int lane = 0; lane < 32; ++lane) {
+      Slot* own = static_cast<Slot*>(slots[lane]);
+      if (lane + own->by < 32) own->out = static_cast<Slot*>(slots[lane + own->by])->in;
+    }
+  });
+  return slot.out;
+}
+NO_TSAN inline double shuffle_first(double value) {
+  shim::warp_collective(&value, [](void** slots) NO_TSAN {
+    for (int lane = 1; lane < 32; ++lane) *static_cast<double*>(slots[lane]) = *static_cast<double*>(slots[0]);
+  });
+  return value;
+}
+
 template <class T>
 NO_TSAN inline T shuffle_xor(T value, int mask) {
   struct Slot {
