@@ -23,7 +23,9 @@ from model.codebook import (
 from model.codebook.choice import VARIABLE, hostile_problem, variant_for
 from model.codebook.kernels import APART, TILE_ANY, TILE_AUTO, TILE_HOPPER, Kernels
 from model.codebook.search import search_in_blocks
+from tests import test_codebook_accumulation
 from tests.hostile_codebooks import CASES, NAMES, Case, all_equal, collapsed, data, near_duplicates, relu
+from tests.test_codebook_accumulation import Where, assert_exact_over_cancelling, assert_within_rate
 from tests.test_codebook_kernels import TILES, assert_accumulation_within_rate, check
 
 pytestmark = pytest.mark.gpu
@@ -183,6 +185,16 @@ def test_accumulation_of_this_gpu_stays_within_its_rate(built: Kernels, tile: st
     dims = (64, 512, 2048, 8192)
     code = {**TILES, "hopper": TILE_HOPPER}[tile]
     assert_accumulation_within_rate(built, code, signs, torch.device("cuda"), 256, 1024, dims)
+
+
+@pytest.mark.parametrize("tile", [*TILES, pytest.param("hopper", marks=hopper_only)])
+@pytest.mark.parametrize("where", test_codebook_accumulation.CASES, ids=test_codebook_accumulation.NAMES)
+def test_large_and_cancelling_products_stay_within_the_rate_of_this_gpu(
+    built: Kernels, where: Where, tile: str
+) -> None:
+    cuda, code = torch.device("cuda"), {**TILES, "hopper": TILE_HOPPER}[tile]
+    assert_within_rate(built, code, where, cuda, 130, 300, (32, 64, 512, 2048, 8192))
+    assert_exact_over_cancelling(built, code, where, cuda, 300, 3000, 2048)
 
 
 @pytest.mark.parametrize("n", [100, 500])
