@@ -80,7 +80,8 @@ def _alone(waited_s: float) -> None:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     log.critical(
         "rank %s of %s waited %g s at %s for all processes to join (join_within_s): one did not start, died, or cannot "
-        "reach this address (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network); see the other processes' output",
+        "reach this address or another process; see the others' output, and name the network by GLOO_SOCKET_IFNAME and "
+        "NCCL_SOCKET_IFNAME where there are several",
         os.environ.get("RANK", "0"),
         os.environ.get("WORLD_SIZE", "1"),
         waited_s,
