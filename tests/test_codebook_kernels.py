@@ -6,6 +6,7 @@ must give is what `nearest_code` gives with torch alone, which its own tests hol
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import pytest
@@ -115,6 +116,22 @@ def test_hopper_variant_by_cosine_and_over_row_tiles(shim: Kernels) -> None:
     for case in (relu, collapsed):
         check(shim, *data(case, 140, 300, 65), "cosine", TILE_HOPPER)
     assert check(shim, *data(all_equal, 30, 300, 40), tile=TILE_HOPPER) == (0, 30)
+
+
+@pytest.mark.parametrize("call", ["search", "products"])
+def test_hopper_variant_is_the_first_thing_that_a_thread_does(shim: Kernels, call: str) -> None:
+    """With a codebook prepared elsewhere the thread has no CUDA context yet, which tensor maps need."""
+    z_ND, codes_KD = data(relu, 5, 40, 64)
+    prepared = shim.prepare(codes_KD, False)
+
+    def work() -> Tensor:
+        if call == "products":
+            return shim.products(z_ND.half(), codes_KD.half(), TILE_HOPPER).argmax(1)
+        return shim.search(z_ND, codes_KD, False, prepared, tile=TILE_HOPPER).index_N
+
+    expected_N = work()
+    with ThreadPoolExecutor(1) as fresh:
+        assert torch.equal(fresh.submit(work).result(), expected_N)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)

@@ -87,6 +87,7 @@ Plan plan_search(int rows, int64_t codes, int32_t asked, const Device& device) {
     const double tile_cost = tile == VQSA_TILE_HOPPER ? 0.6 * Hopper::kCodes : large ? Large::kCodes : 1.5 * Small::kCodes;
     const int64_t most = std::min<int64_t>(tiles, 4 * device.multiprocessors / row_tiles + 1);
     for (int64_t splits = 1; splits <= most; ++splits) {
+      // Two narrow blocks fit on a multiprocessor and share its tensor cores: counted as one after the other.
       const double waves = static_cast<double>(divide_up(row_tiles * splits, device.multiprocessors));
       // A block has to fill its pipeline once; many splits leave more candidates.
       const double cost = waves * (static_cast<double>(divide_up(tiles, splits)) * tile_cost + 16) + 0.5 * splits;
@@ -185,9 +186,9 @@ const char* convert_and_search_hopper(const Task& task, const Device& device, St
   if (device.capability != 90) return kNotHopper;
   const Prepared& prepared = task.prepared;
   TensorMap features, codes;
-  const char* why = tensor_map(features, task.work.shadow, task.rows, prepared.pitch, kRowTile);
+  const char* why = convert(task, stream);  // first: a launch, which the tensor maps need on a new thread
+  if (why == nullptr) why = tensor_map(features, task.work.shadow, task.rows, prepared.pitch, kRowTile);
   if (why == nullptr) why = tensor_map(codes, prepared.shadow, task.codes, prepared.pitch, Hopper::kCodes);
-  if (why == nullptr) why = convert(task, stream);
   if (why != nullptr) return why;
   return launch(search_codes_hopper, static_cast<int>(divide_up(task.rows, kRowTile)) * task.plan.splits,
                 Hopper::kThreads, kHopperBytes, stream, features, codes, task.work, prepared, task.rows, task.codes,
@@ -376,6 +377,7 @@ int vqsa_codebook_products(const void* features, const int32_t* numbers, int32_t
     TensorMap feature_map, code_map;
     why = device(found);
     if (why == nullptr && found.capability != 90) why = kNotHopper;
+    if (why == nullptr) why = load(multiply_hopper);
     if (why == nullptr) why = tensor_map(feature_map, left, rows, pitch, kRowTile);
     if (why == nullptr) why = tensor_map(code_map, right, code_count, pitch, Hopper::kCodes);
     if (why == nullptr)

@@ -13,6 +13,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdio>
+
 #define VQ_DEVICE __device__ __forceinline__
 /// Threads of a block, and how many blocks a multiprocessor has to have registers for.
 #define VQ_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -320,9 +323,12 @@ bool launch_together(const char*& why, const Device& device, void (*kernel)(P...
   return false;
 }
 
-/// Describes a half matrix (rows, pitch) that is loaded in boxes of 64 columns and `box_rows` rows.
+/// Describes a half matrix (rows, pitch) that is loaded in boxes of 64 columns and `box_rows` rows. The driver wants the
+/// thread to have a context, which a new thread has after its first `launch` or `load`.
 inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows, int pitch, int box_rows) {
-  static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static std::atomic<Encode> known{nullptr};  // several threads may find it, and find the same
+  Encode encode = known;
   if (encode == nullptr) {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
@@ -330,7 +336,7 @@ inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
     if (error != cudaSuccess) return said(error);
     if (status != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
-    encode = reinterpret_cast<decltype(encode)>(found);
+    known = encode = reinterpret_cast<Encode>(found);
   }
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(pitch), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * 2};
@@ -339,7 +345,11 @@ inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows
       encode(&out, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<uint16_t*>(data), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the matrix";
+  if (result == CUDA_SUCCESS) return nullptr;
+  static thread_local char refused[128];
+  std::snprintf(refused, sizeof(refused), "cuTensorMapEncodeTiled refused %lld rows of %d halves at %p: CUresult %d",
+                static_cast<long long>(rows), pitch, static_cast<const void*>(data), static_cast<int>(result));
+  return refused;
 }
 
 }  // namespace vqsa::codebook

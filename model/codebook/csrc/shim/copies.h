@@ -85,7 +85,7 @@ struct TensorMap {
 };
 inline const char* tensor_map(TensorMap& out, const uint16_t* data, int64_t rows, int pitch, int) {
   out = {data, rows, pitch};
-  return nullptr;
+  return shim::has_context() ? nullptr : "this thread has no context";
 }
 /// 64 halves of `count` rows, the pieces of a row exchanged as TMA's 128-byte swizzle does; zeros outside.
 inline void load_tile(unsigned char* to, const TensorMap& map, MemoryBarrier* barrier, int column, int row, int count) {

@@ -95,11 +95,13 @@ inline void prefetch(const void* global) { (void)*static_cast<const volatile uns
 
 template <class... P>
 const char* load(void (*)(P...)) {
+  shim::has_context() = true;
   return planted("foreign") ? "no code for this device" : nullptr;
 }
 
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int blocks, int threads, size_t shared_bytes, Stream, A... arguments) {
+  shim::has_context() = true;
   shim::machine().body = [=] { kernel(arguments...); };
   for (int block = 0; block < blocks; ++block) shim::run_blocks(block, 1, blocks, threads, shared_bytes);
   return nullptr;
@@ -121,6 +123,7 @@ bool launch_together(const char*& why, const Device& device, void (*kernel)(P...
                      size_t shared_bytes, Stream, A... arguments) {
   why = nullptr;
   if (!device.together || blocks > device.multiprocessors) return false;
+  shim::has_context() = true;
   shim::machine().body = [=] { kernel(arguments...); };
   shim::run_blocks(0, blocks, blocks, threads, shared_bytes);
   return true;

@@ -128,6 +128,12 @@ struct Machine {
 #endif
 };
 
+/// As on a device: a thread has a context once it has launched or loaded a kernel.
+inline bool& has_context() {
+  static thread_local bool instance = false;
+  return instance;
+}
+
 inline Machine& machine() {
   static Machine instance;
   return instance;
