@@ -51,6 +51,7 @@ from tools.runtime.state import TrainingState
 from tools.runtime.step import learning_mode, train_step
 from tools.runtime.trackers import Trackers
 from tools.runtime.watchdog import Watchdog
+from tools.runtime.writer import Writer
 
 
 class TrainCommand(RunConfig):
@@ -187,7 +188,7 @@ def run(
             samples=len(store),
             waiting=waiting,
         )
-    writer = checkpoint.Writer(
+    writer = Writer(
         accelerator,
         config.out / "checkpoints",
         config=config,

@@ -20,6 +20,7 @@ from tools.runtime.ema import Ema
 from tools.runtime.metrics import read_metrics
 from tools.runtime.resume import disagreement
 from tools.runtime.state import TrainingState
+from tools.runtime.writer import Writer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
@@ -40,8 +41,8 @@ def write(folder: Path, *steps: int) -> None:
         checkpoint.write(folder, FILES, step=step, config=Settings(), classes=["a", "b"])
 
 
-def writer(folder: Path, keep: int = 2, background: bool = False) -> checkpoint.Writer:
-    return checkpoint.Writer(
+def writer(folder: Path, keep: int = 2, background: bool = False) -> Writer:
+    return Writer(
         Accelerator(cpu=True), folder, config=Settings(), classes=["a"], keep=keep, background=background
     )
 

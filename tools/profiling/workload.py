@@ -21,7 +21,6 @@ import model
 import shards
 from pipeline.augmix import augmix, draw_chains
 from pipeline.loader import TrainingBatch, TrainingLoader
-from tools.runtime.checkpoint import Writer
 from tools.runtime.codebook import start_codebook
 from tools.runtime.config import RunConfig
 from tools.runtime.device import loader_device_id
@@ -32,6 +31,7 @@ from tools.runtime.meter import Meter
 from tools.runtime.optim import make_optimizer
 from tools.runtime.state import TrainingState
 from tools.runtime.step import train_step
+from tools.runtime.writer import Writer
 
 
 class WatchedStore:
