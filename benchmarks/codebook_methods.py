@@ -61,6 +61,16 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
             (z_ND - code_ND).square().mean(),
         )
 
+    def half_backward() -> None:
+        with torch.no_grad():
+            index_N = half_argmin()
+        code_ND = codes_grad_KD[index_N]
+        vq_loss = (code_ND - z_ND).square().mean()
+        commit_loss = (z_grad_ND - code_ND.detach()).square().mean()
+        through_ND = z_grad_ND + (code_ND - z_grad_ND).detach()
+        (vq_loss + commit_loss + through_ND.sum()).backward()
+        z_grad_ND.grad = codes_grad_KD.grad = None
+
     def float_argmin() -> Tensor:
         return torch.addmm(half_square_K, z_ND, codes_KD.T, alpha=-1).argmin(1)
 
@@ -79,9 +89,11 @@ def methods(z_ND: Tensor, codes_KD: Tensor) -> dict[str, Callable[[], Any]]:
             0, index_N, code_ND - z_ND
         ),
         "torch: search (impl='torch')": lambda: nearest_code(z_ND, codes_KD, impl="torch"),
+        "read the half codes once": lambda: half_codes_KD.view(-1).amax(),
         "half GEMM": lambda: half_product(half_z_ND, half_codes_KD),
         "half GEMM + argmin": lambda: (half_argmin(),),
         "half GEMM + argmin + gather + losses": half_forward,
+        "half GEMM + argmin + gather + losses, and backward": half_backward,
         "float32 addmm + argmin": lambda: (float_argmin(),),
         "TF32 addmm + argmin": lambda: (tf32_argmin(),),
         "float32 cdist + argmin": lambda: (torch.cdist(z_ND, codes_KD).argmin(1),),

@@ -146,7 +146,7 @@ def all_steps(work: Path, source: Path) -> list[Step]:
         tests("corruptions"),
         benchmark("corruptions", "corruptions", 60, "--no-tests", "--no-cpu", "--photos", str(source)),
         tests("codebook"),
-        benchmark("codebook", "codebook", 200, "--no-tests"),
+        benchmark("codebook", "codebook", 200, "--no-tests", "--budget-s", "400"),
         tests("loader"),
         benchmark(
             "loader", "loader", 120, "--source", str(source), *data, "--batches", "60", "--peer-batches", "0"
