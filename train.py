@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import model
 import shards
-from pipeline.joined import join
 from pipeline.loader import TrainingBatch, TrainingLoader
 from tools.profiling.attached import StepProfile
 from tools.runtime import checkpoint
@@ -32,13 +31,7 @@ from tools.runtime.device import loader_device_id
 from tools.runtime.ema import Ema
 from tools.runtime.guard import FiniteGuard, not_finite
 from tools.runtime.heartbeat import Heartbeat
-from tools.runtime.interrupt import (
-    Stop,
-    StopRequest,
-    end_at_once_when_asked,
-    ignore_signals,
-    tell_of_early_end,
-)
+from tools.runtime.interrupt import Stop, StopRequest, signals_answered, tell_of_early_end
 from tools.runtime.launch import as_configured, collective_timeout_s, make_accelerator, set_up_log
 from tools.runtime.launcher import end_with_launcher, is_first
 from tools.runtime.lock import locked
@@ -47,6 +40,7 @@ from tools.runtime.metrics import MetricsFile, forget_status, progress_line, wri
 from tools.runtime.monitor import Best, validate
 from tools.runtime.optim import learning_rate, make_optimizer, set_learning_rate
 from tools.runtime.resume import Progress, changes, check_agreement, circumstances, starting_point
+from tools.runtime.sets import open_sets
 from tools.runtime.state import TrainingState
 from tools.runtime.step import learning_mode, train_step
 from tools.runtime.trackers import Trackers
@@ -79,12 +73,7 @@ def train(command: TrainCommand) -> int:
     """Run or continue a training; returns the exit code."""
     settings = command.model_dump(exclude={"recipe", "resume", "allow_changes", "dry_run", "profile"})
     config = validated(RunConfig, settings, "command line")
-    store = join([shards.open(path) for path in (config.data, *config.extra)])
-    val_store = shards.open(config.val) if config.val is not None else None
-    if val_store is not None and val_store.classes != store.classes:
-        raise ValueError(
-            f"{config.val} and {config.data} have different class lists; build both from the same classes"
-        )
+    store, val_store = open_sets(config)
     total = config.total_steps(len(store))  # refuses a run without a length before anything is set up
     with ExitStack() as opened:
         if is_first() and not command.dry_run:
@@ -365,14 +354,12 @@ def run(
 def main() -> None:
     """Run the command line; what the user got wrong is said in a line, without a traceback."""
     set_up_log()
-    end_at_once_when_asked()
-    end_with_launcher()
-    try:
-        code = train(parse_command(TrainCommand))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    finally:
-        ignore_signals()
+    with signals_answered():
+        end_with_launcher()
+        try:
+            code = train(parse_command(TrainCommand))
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"train.py: {error}")
     sys.exit(code)
 
 

@@ -122,7 +122,10 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
         if steps_found != wanted:
             found.append(f"{what} in the log: {steps_found}")
     if logs[0] != logs[1]:
-        found.append("metrics")
+        first = next(
+            (pair for pair in zip(*logs, strict=False) if pair[0] != pair[1]), "one has more records"
+        )
+        found.append(f"metrics: {first}")
     return found
 
 

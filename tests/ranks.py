@@ -22,8 +22,11 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
+from tools.runtime import checkpoint  # noqa: E402
 from tools.runtime.config import parse_command  # noqa: E402
 from tools.runtime.launch import set_up_log  # noqa: E402
+
+checkpoint.code_version()  # forks take it along: of their starts one and the same, whatever happens to the files
 
 
 def free_port() -> int:

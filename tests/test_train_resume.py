@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import write_pictures
 
 import train
+from shards.build import BuildOptions, build
 from tools.runtime import checkpoint, metrics
 from tools.runtime.config import parse_command
 from tools.runtime.metrics import MetricsFile, read_metrics
@@ -109,3 +111,12 @@ def test_other_code_and_another_number_of_processes_are_said(
     record_file.write_text(json.dumps(record))
     assert run(picture_shards, tmp_path, *short, "--resume", "auto") == 0
     assert "changed" not in capsys.readouterr().out
+
+
+def test_a_validation_set_of_other_classes_is_refused(picture_shards: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "source", 4, classes=2)
+    build(BuildOptions(source=tmp_path / "source", out=tmp_path / "set", name="other", workers=1))
+    with pytest.raises(
+        ValueError, match=r"set and .*set have different class lists; build both from the same"
+    ):
+        run(picture_shards, tmp_path / "run", "--val", str(tmp_path / "set"))

@@ -16,7 +16,7 @@ import model
 import train
 from tools.runtime import checkpoint
 from tools.runtime.config import parse_command
-from tools.runtime.interrupt import end_at_once_when_asked
+from tools.runtime.interrupt import signals_answered
 
 TINY = "tests/tiny.toml"
 
@@ -82,9 +82,9 @@ def test_a_signal_before_the_loop_stands_in_the_status(
     if not child:
         monkeypatch.setattr(model, "build", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         monkeypatch.setenv("RANK", rank)
-        end_at_once_when_asked()
         try:
-            train.train(parse_command(train.TrainCommand, arguments))
+            with signals_answered():
+                train.train(parse_command(train.TrainCommand, arguments))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from functools import partial
@@ -48,8 +49,14 @@ _SIGNALS = {
 _early_end: Callable[[], None] | None = None  # writes status.json, until the loop starts
 
 
-def end_at_once_when_asked() -> None:
-    """Until the loop starts there is nothing to save: a scheduler's signal ends the process with its code."""
+@contextmanager
+def signals_answered() -> Iterator[None]:
+    """Answer signals from the start of a process to its very end; inside, StopRequest takes them for the loop.
+
+    Until the loop starts there is nothing to save: a scheduler's signal ends the process with its code. At the end
+    they are ignored: Python gives its own handlers up before it is done with ending, and a scheduler's next signal
+    would then put another code in the place of this one. What is ignored stays ignored.
+    """
 
     def end(*_: object) -> None:
         if _early_end is not None:
@@ -59,6 +66,11 @@ def end_at_once_when_asked() -> None:
     for number, reason in _SIGNALS.items():
         if reason is Stop.PREEMPTED:
             signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def tell_of_early_end(out: Path, *, step: int, total: int) -> None:
@@ -73,16 +85,6 @@ def tell_of_early_end(out: Path, *, step: int, total: int) -> None:
     status = {"exit_code": Stop.PREEMPTED.exit_code, "step": step, "total": total, "why": why}
     if os.environ.get("RANK", "0") == "0":
         _early_end = partial(write_status, out, status)
-
-
-def ignore_signals() -> None:
-    """Ignore from here on what a run answers to: the process ends, with a code that says how the run did.
-
-    Python gives its own handlers up before it is done with ending, and a scheduler's next signal would then put
-    another code in the place of this one. What is ignored stays ignored.
-    """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
