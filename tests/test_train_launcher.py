@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import start, wait_for_step
 
 import train
-from tools.runtime import checkpoint, launch
+from tools.runtime import checkpoint, launch, launcher
 from tools.runtime.config import RunConfig, parse_command
 from tools.runtime.lock import locked
 
@@ -88,6 +88,37 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         launch.make_accelerator(RunConfig(precision="fp16"))
 
 
+# A launcher that ends first
+
+
+@pytest.mark.parametrize(
+    ("word", "variable", "is_one"),
+    [
+        ("/usr/bin/accelerate", "ACCELERATE_MIXED_PRECISION", True),
+        ("accelerate.commands.launch", "ACCELERATE_MIXED_PRECISION", True),
+        ("/usr/bin/torchrun", "TORCHELASTIC_RUN_ID", True),
+        ("torch.distributed.run", "TORCHELASTIC_RUN_ID", True),
+        ("nohup", "ACCELERATE_MIXED_PRECISION", False),
+        ("accelerate", "OTHER", False),
+    ],
+)
+def test_launchers_are_known_by_command_and_environment(
+    monkeypatch: pytest.MonkeyPatch, word: str, variable: str, is_one: bool
+) -> None:
+    """A shell that has a launcher's variables is none: a run is not to end with a shell that its user leaves."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "no")
+    shell = ["sh", "-c", "echo here; read line", word]
+    parent = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout is not None
+        parent.stdout.readline()  # its words are in /proc by now
+        assert launcher._is_launcher(parent.pid) == is_one
+    finally:
+        parent.communicate()
+
+
 # Two runs in one folder
 
 
@@ -128,21 +159,21 @@ def test_a_launchers_end_ends_its_one_process_with_a_checkpoint(picture_shards: 
     """`accelerate launch` of one process passes no signal on. Meanwhile another run in the folder is refused."""
     settings = ("--recipe", "tests/tiny.toml", "--data", str(picture_shards), "--out", str(tmp_path))
     settings += ("--steps", "4000", "--checkpoint-every", "4000")
-    launcher = start("-m", "accelerate.commands.launch", "--num_processes", "1", "train.py", *settings)
-    wait_for_step(tmp_path, 2, launcher)
+    parent = start("-m", "accelerate.commands.launch", "--num_processes", "1", "train.py", *settings)
+    wait_for_step(tmp_path, 2, parent)
     holder = (tmp_path / "run.lock").read_text().strip()
     (process,) = (int(number) for number in re.findall(r"^process (\d+) on ", holder))
     try:
-        assert process != launcher.pid
+        assert process != parent.pid
         again = parse_command(train.TrainCommand, [*settings, "--resume", "auto"])
         with pytest.raises(ValueError, match=f"is in use by {re.escape(holder)}: two runs would mix"):
             train.train(again)
-        launcher.send_signal(signal.SIGTERM)
-        output, _ = launcher.communicate(timeout=60)  # to the end of its process, which has its output too
+        parent.send_signal(signal.SIGTERM)
+        output, _ = parent.communicate(timeout=60)  # to the end of its process, which has its output too
     except BaseException:
         os.kill(process, signal.SIGKILL)
         raise
-    assert launcher.returncode == -signal.SIGTERM
+    assert parent.returncode == -signal.SIGTERM
     assert "stopped after step" in output
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["exit_code"] == 75
