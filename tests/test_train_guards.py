@@ -309,6 +309,15 @@ def test_an_audit_has_whole_lines_where_the_disk_was_full(tmp_path: Path) -> Non
     assert steps == [*range(1, len(steps)), 10]
 
 
+def test_a_full_disk_costs_a_profile_and_not_the_run(
+    picture_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile.json").symlink_to("/dev/full")
+    assert run(picture_shards, tmp_path, "--steps", "5", "--profile", "1") == 0
+    assert "profile of 1 steps" in capsys.readouterr().out
+    assert f"{tmp_path / 'profile.json'} not written: [Errno 28]" in caplog.text
+
+
 # Numbers of an interval
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from tools.profiling.table import Span, Spread
+
+log = logging.getLogger(__name__)
 
 PIECES = ("data wait", "forward", "backward", "optimiser", "rest")
 
@@ -128,8 +131,11 @@ class StepProfile:
         """
         found = summary(self.take(), images)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+            except OSError as error:  # of a training, which is worth more than its profile
+                log.error("%s not written: %s", path, error)
         return line(found)
 
     def spans(self) -> tuple[float, list[Span]]:
