@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_pictures
 
 import train
 from shards.build import BuildOptions, build
 from tools.runtime import checkpoint, metrics
-from tools.runtime.config import parse_command
+from tools.runtime.config import RunConfig, parse_command
 from tools.runtime.metrics import MetricsFile, read_metrics
 
 TINY = Path(__file__).resolve().parent / "tiny.toml"
@@ -120,3 +121,17 @@ def test_a_validation_set_of_other_classes_is_refused(picture_shards: Path, tmp_
         ValueError, match=r"set and .*set have different class lists; build both from the same"
     ):
         run(picture_shards, tmp_path / "run", "--val", str(tmp_path / "set"))
+
+
+def test_a_checkpoint_whose_state_this_code_does_not_know(picture_shards: Path, tmp_path: Path) -> None:
+    assert run(picture_shards, tmp_path / "run", "--steps", "1") == 0
+    found = checkpoint.newest(tmp_path / "run")
+    files = {path.name: torch.load(path, weights_only=True) for path in found.path.glob("*.pt")}
+    files[checkpoint.MODEL_FILE] = found.model_state()
+    del files[checkpoint.TRAINING_FILE]["parts"]["meter"]["ranks"]
+    config = RunConfig.model_validate(found.config)
+    checkpoint.write(tmp_path / "old" / "checkpoints", files, step=1, config=config, classes=found.classes)
+    with pytest.raises(
+        ValueError, match=r"step_000001 has no 'ranks' in its state of the meter: other code wrote"
+    ):
+        run(picture_shards, tmp_path / "old", "--steps", "1", "--resume", "auto")

@@ -77,7 +77,12 @@ class TrainingState:
         return host
 
     def restore(self, path: Path) -> None:
-        """Continue from the checkpoint folder `path`, also one of another number of processes."""
+        """Continue from the checkpoint folder `path`, also one of another number of processes.
+
+        Raises:
+            FileNotFoundError: it holds a model alone.
+            ValueError: other code wrote it, whose state this one does not know.
+        """
         if not (path / TRAINING_FILE).is_file():
             raise FileNotFoundError(
                 f"{path} has no {TRAINING_FILE}: it holds a model to use, not a run to go on with; start a new run"
@@ -97,7 +102,13 @@ class TrainingState:
         if rank < len(training["generators"]):  # a process more than there were keeps the run's seed
             _set_generators(training["generators"][rank], self._accelerator.device)
         for name, part in self._parts.items():
-            part.load_state_dict(training["parts"][name])
+            try:
+                part.load_state_dict(training["parts"][name])
+            except KeyError as error:
+                raise ValueError(
+                    f"{path} has no {error} in its state of the {name}: other code wrote it; go on with that code "
+                    "(commit in run.json), or start a new run"
+                ) from error
 
 
 def _on_host(content: Any, copy: bool) -> Any:
