@@ -45,7 +45,7 @@ def test_a_signal_to_a_process_that_ends_does_not_change_its_code() -> None:
         "import os, sys, train\n"
         "class Late:\n"
         "    def __del__(self, kill=os.kill, process=os.getpid):\n"
-        "        for number in (10, 15, 2):\n"
+        "        for number in (10, 15):\n"
         "            kill(process(), number)\n"
         "def ended(command):\n"
         "    if code == 1:\n"

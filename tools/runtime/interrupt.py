@@ -63,13 +63,13 @@ def signals_answered() -> Iterator[None]:
             _early_end()
         os._exit(Stop.PREEMPTED.exit_code)
 
-    for number, reason in _SIGNALS.items():
-        if reason is Stop.PREEMPTED:
-            signal.signal(number, end)
+    schedulers = [number for number, reason in _SIGNALS.items() if reason is Stop.PREEMPTED]
+    for number in schedulers:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number in _SIGNALS:
+        for number in schedulers:
             signal.signal(number, signal.SIG_IGN)
 
 
