@@ -52,7 +52,7 @@ class Heartbeat:
 
     def __init__(self, *, lost_after_s: float) -> None:
         self._lost_after_s = lost_after_s
-        self._interval_s = min(5.0, lost_after_s / 10)
+        self._interval_s = min(5.0, lost_after_s / 15)
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._requests = 0
