@@ -57,7 +57,7 @@ Prepared prepared_in(Pieces& pieces, int64_t codes, int32_t dim, bool cosine) {
   p.header = pieces.take<Header>(1);
   p.centre = pieces.take<double>(p.pitch);
   p.norm = cosine ? pieces.take<double>(codes) : nullptr;
-  p.codes = pieces.take<Code>(codes);
+  p.codes = pieces.take<Code>(round_up(codes, Hopper::kCodes));
   p.shadow = pieces.take<uint16_t>(codes * p.pitch);
   return p;
 }
@@ -256,6 +256,11 @@ int vqsa_codebook_usable() {
       sum_runs<Half>, sum_runs<Bfloat>, sum_runs<Double>, join_runs);
   return why == nullptr;
 }
+
+#ifndef VQSA_ARCHITECTURES
+#define VQSA_ARCHITECTURES "none"
+#endif
+const char* vqsa_codebook_architectures() { return VQSA_ARCHITECTURES; }
 
 int vqsa_codebook_capability(int32_t* capability) {
   Device found;

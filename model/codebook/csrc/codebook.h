@@ -21,6 +21,9 @@ VQSA_API int64_t vqsa_codebook_together();
 /// Loads the kernels, so that none is used for the first time while a graph is captured. Leaves no error behind.
 VQSA_API int vqsa_codebook_usable();
 
+/// The architectures that this library was built for, as CMake has them: "80-real, 90a-real".
+VQSA_API const char* vqsa_codebook_architectures();
+
 /// Compute capability of the current device, 90 for 9.0.
 VQSA_API int vqsa_codebook_capability(int32_t* capability);
 

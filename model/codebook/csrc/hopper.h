@@ -102,50 +102,97 @@ VQ_DEVICE bool hopper_multiply(const unsigned char* stages, HopperLists& own, in
   return sound;
 }
 
+/// The least scores of a thread's two features with its codes of a tile, and the largest constants of those codes.
+struct HopperLeast {
+  float score[2], half_square, error, norm;
+};
+template <bool kWhole>
+VQ_DEVICE HopperLeast hopper_least(const float (&acc)[Hopper::kCodes / 8][4], const Code* constants, int there,
+                                   const Feature (&feature)[2]) {
+  HopperLeast least = {{bits_float(0x7F800000u), bits_float(0x7F800000u)}, 0, 0, 0};
+#pragma unroll
+  for (int j = 0; j < Hopper::kCodes / 8; ++j)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (kWhole || j * 8 + c < there) {
+        const Code code = constants[j * 8 + c];
+        least.half_square = fmaxf(least.half_square, code.half_square);
+        least.error = fmaxf(least.error, code.error);
+        least.norm = fmaxf(least.norm, code.norm);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          least.score[h] = fminf(least.score[h], score_of(acc[j][h * 2 + c], code, feature[h]));
+      }
+    }
+  return least;
+}
+
 /// Takes a tile's products in; limits are those of this thread's two features.
+///
+/// A feature has in most tiles no code that comes near its limit, and the least score with the largest error shows that.
+/// Only otherwise bounds are worked out, of those codes alone that are near by the largest error.
 VQ_DEVICE void hopper_take(const float (&acc)[Hopper::kCodes / 8][4], const Prepared& prepared, int64_t code_count,
                            int first_code, int row, const Feature (&feature)[2], float (&limit)[2], HopperLists& own) {
   const int pair = thread_index() % 4 * 2;
   const Code* constants = prepared.codes + first_code + pair;
   const int64_t beyond = code_count - first_code - pair;
   int there = beyond < Hopper::kCodes ? static_cast<int>(beyond) : Hopper::kCodes;  // codes from `pair` on
-  float least_lower[2], least_upper[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) least_lower[h] = least_upper[h] = bits_float(0x7F800000u);
-#pragma unroll
-  for (int j = 0; j < Hopper::kCodes / 8; ++j)
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      if (j * 8 + c < there) {
-        const Code code = constants[j * 8 + c];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const Bounds bounds(acc[j][h * 2 + c], code, feature[h]);
-          least_lower[h] = fminf(least_lower[h], bounds.lower);
-          least_upper[h] = fminf(least_upper[h], bounds.upper);
-        }
-      }
-    }
+  // The last of a thread's codes is number 249. What is read beyond the codebook's end is room that nobody writes to.
+  const HopperLeast least = there >= Hopper::kCodes - 6 ? hopper_least<true>(acc, constants, there, feature)
+                                                        : hopper_least<false>(acc, constants, there, feature);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float least = least_upper[h];
-    least = fminf(least, shuffle_xor(least, 1));
-    least = fminf(least, shuffle_xor(least, 2));
-    limit[h] = fminf(limit[h], least + feature[h].slack);
-    if (least_lower[h] > limit[h]) continue;  // so nearly always
+    const float margin = error_of(least.half_square, least.error, least.norm, feature[h]);
+    // Not below what the row's least upper bound makes of its limit.
+    float loose = least.score[h] + margin;
+    loose = fminf(loose, shuffle_xor(loose, 1));
+    loose = fminf(loose, shuffle_xor(loose, 2));
+    const bool near = !(least.score[h] - margin > fminf(limit[h], loose + feature[h].slack));
+    if (warp_all(!near)) continue;
     forget(there);  // work it all out again rather than keep it in registers since the first time
+    // The limit takes the upper bound of the code with the least score, with its own error.
+    float upper = bits_float(0x7F800000u);
+    if (near && there > 0) {
+      int nearest = Hopper::kCodes;
 #pragma unroll
-    for (int j = 0; j < Hopper::kCodes / 8; ++j)
+      for (int j = 0; j < Hopper::kCodes / 8; ++j)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (j * 8 + c < there) {
-          const Bounds bounds(acc[j][h * 2 + c], constants[j * 8 + c], feature[h]);
-          if (!(bounds.lower > limit[h])) {
-            const int at = atomic_add(&own.count[row + h * 8], 1);
-            if (at < kListPlaces) own.list[row + h * 8][at] = {bounds.lower, first_code + pair + j * 8 + c};
-          }
-        }
+        for (int c = 0; c < 2; ++c)
+          if (score_of(acc[j][h * 2 + c], constants[j * 8 + c], feature[h]) == least.score[h]) nearest = j * 8 + c;
+      upper = least.score[h] + margin;  // if what stands beyond the codebook's end looks the same
+      if (nearest < there) {
+        const Code code = constants[nearest];
+        upper = least.score[h] + error_of(code.half_square, code.error, code.norm, feature[h]);
       }
+    }
+    upper = fminf(upper, shuffle_xor(upper, 1));
+    upper = fminf(upper, shuffle_xor(upper, 2));
+    limit[h] = fminf(limit[h], upper + feature[h].slack);
+    if (least.score[h] - margin > limit[h]) continue;
+    constexpr int kTogether = 2;  // times two codes that one look rules out
+#pragma unroll
+    for (int j = 0; j < Hopper::kCodes / 8; j += kTogether) {
+      float score[kTogether][2], lowest = bits_float(0x7F800000u);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          score[i][c] = score_of(acc[j + i][h * 2 + c], constants[(j + i) * 8 + c], feature[h]);
+          lowest = fminf(lowest, score[i][c]);
+        }
+      if (lowest - margin > limit[h]) continue;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int number = (j + i) * 8 + c;
+          const Code code = constants[number];
+          const float lower = score[i][c] - error_of(code.half_square, code.error, code.norm, feature[h]);
+          if (number >= there || lower > limit[h]) continue;
+          const int at = atomic_add(&own.count[row + h * 8], 1);
+          if (at < kListPlaces) own.list[row + h * 8][at] = {lower, first_code + pair + number};
+        }
+    }
   }
   warp_sync();
   if (pair == 0) {

@@ -46,7 +46,7 @@ struct Prepared {
   Header* header;
   double* centre;    // (pitch), zeros from D on
   double* norm;      // (K), cosine only: ‖e‖ folded, -1 for a zero code
-  Code* codes;       // (K)
+  Code* codes;       // (K), and room for whole tiles of the search
   uint16_t* shadow;  // (K, pitch)
   int32_t pitch;     // D rounded up to whole steps of the search
 };

@@ -138,14 +138,20 @@ constexpr float kSquareRate = 0x1p-21f;  // rounding of ½‖e‖² and of the s
 /// multiplied with norms of features (<= 2^22), those with norms of codes (<= 2^28), and the steps below with nothing.
 /// All that together stays below 2^-120.
 constexpr float kTiny = 0x1p-88f;
+VQ_DEVICE float score_of(float product, const Code& code, const Feature& feature) {
+  return fmaf(-code.unscale, product, feature.weight * code.half_square);
+}
+/// It rises with each of the code's constants, rounded as it is: that of the largest of several is none too low.
+VQ_DEVICE float error_of(float half_square, float code_error, float code_norm, const Feature& feature) {
+  float error = fmaf(kSquareRate, feature.weight * half_square, kTiny);
+  error = fmaf(feature.residual, code_norm, error);
+  return fmaf(feature.norm, code_error, error);
+}
 struct Bounds {
   float lower, upper;
   VQ_DEVICE Bounds(float product, const Code& code, const Feature& feature) {
-    const float square = feature.weight * code.half_square;
-    const float score = fmaf(-code.unscale, product, square);
-    float error = fmaf(kSquareRate, square, kTiny);
-    error = fmaf(feature.residual, code.norm, error);
-    error = fmaf(feature.norm, code.error, error);
+    const float score = score_of(product, code, feature);
+    const float error = error_of(code.half_square, code.error, code.norm, feature);
     lower = score - error;
     upper = score + error;
   }
