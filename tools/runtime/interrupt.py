@@ -54,8 +54,8 @@ def signals_answered() -> Iterator[None]:
     """Answer signals from the start of a process to its very end; inside, StopRequest takes them for the loop.
 
     Until the loop starts there is nothing to save: a scheduler's signal ends the process with its code. At the end
-    a scheduler's are ignored: Python gives its own handlers up before it is done with ending, and a scheduler's next signal
-    would then put another code in the place of this one. What is ignored stays ignored.
+    a scheduler's are ignored: Python gives its own handlers up before it is done with ending, and a scheduler's next
+    signal would then put another code in the place of this one. What is ignored stays ignored.
     """
 
     def end(*_: object) -> None:
