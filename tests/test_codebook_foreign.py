@@ -78,6 +78,13 @@ def test_kernels_that_are_asked_for_by_name_are_an_error(asked: list[int], impl:
         nearest_code(*data(relu, 4, 6, 8), impl=impl)  # type: ignore[arg-type]
 
 
+def test_the_shim_that_was_built_for_others_says_so(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shim, "_usable", {})
+    monkeypatch.setenv("VQSA_SHIM_FAULT", "foreign")
+    with pytest.warns(RuntimeWarning, match="cannot run on cpu: they were built for none"):
+        assert not shim.usable(torch.device("cpu"))
+
+
 def test_the_warning_names_the_gpu_and_what_to_build(
     asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

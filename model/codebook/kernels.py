@@ -110,10 +110,8 @@ class Kernels:
         return self._usable[device]
 
     def _warn_foreign(self, device: torch.device) -> None:
-        built = "other devices"
-        if hasattr(self._lib, "vqsa_codebook_architectures"):
-            self._lib.vqsa_codebook_architectures.restype = ctypes.c_char_p
-            built = self._lib.vqsa_codebook_architectures().decode()
+        self._lib.vqsa_codebook_architectures.restype = ctypes.c_char_p
+        built = self._lib.vqsa_codebook_architectures().decode()
         name, wanted = str(device), "native"
         if device.type == "cuda":
             found = torch.cuda.get_device_properties(device)
