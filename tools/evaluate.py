@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tools.evaluation.command import EvaluateCommand
 from tools.evaluation.run import evaluate
 from tools.runtime.config import explain
+from tools.runtime.launcher import end_with_launcher
 
 __all__ = ["EvaluateCommand", "evaluate"]
 
@@ -21,6 +22,7 @@ __all__ = ["EvaluateCommand", "evaluate"]
 def main() -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    end_with_launcher()
     try:
         evaluate(tyro.cli(EvaluateCommand, description=EvaluateCommand.__doc__))
     except ValidationError as error:
