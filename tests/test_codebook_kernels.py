@@ -6,14 +6,10 @@ must give is what `nearest_code` gives with torch alone, which its own tests hol
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
-
 import pytest
 import torch
 from torch import Tensor
 
-from model.codebook import PreparedCodebook, kernels, nearest_code, quantize
 from model.codebook.choice import VARIABLE
 from model.codebook.kernels import (
     APART,
@@ -104,48 +100,6 @@ def test_exact_over_all_magnitudes(shim: Kernels, tile: str) -> None:
         code = {**TILES, "hopper": TILE_HOPPER}[tile]
         found = shim.search(z_ND, codes_KD, False, shim.prepare(codes_KD, False), tile=code)
         assert torch.equal(found.index_N, exact_NK.argmin(1))
-
-
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_hopper_variant_is_exact_on_hostile_data(shim: Kernels, case: Case) -> None:
-    """TMA, memory barriers and wgmma too; several code tiles, so that stages are used again."""
-    check(shim, *data(case, 70, 600, 130), "l2", TILE_HOPPER)
-
-
-@pytest.mark.parametrize("byte", [0, 0x3F, 0xBF, 0xFF])
-def test_hopper_variant_heeds_nothing_beyond_the_codebook(shim: Kernels, byte: int) -> None:
-    """Whole tiles of codes are looked at; what stands there after the last is whatever was in memory."""
-    for k in (1, 250, 251, 300):
-        z_ND, codes_KD = data(near_duplicates, 20, k, 40)
-        prepared = torch.full((shim.prepared_bytes(k, 40, False),), byte, dtype=torch.uint8)
-        shim.prepare(codes_KD, False, prepared)
-        effort_2 = torch.zeros(2, dtype=torch.int64)
-        found = shim.search(z_ND, codes_KD, False, prepared, tile=TILE_HOPPER, effort_2=effort_2)
-        assert torch.equal(found.index_N, search_in_blocks(z_ND, codes_KD, False, 256)[0])
-        assert effort_2[0] <= 3 * 20
-        assert effort_2[1] == 0
-
-
-def test_hopper_variant_by_cosine_and_over_row_tiles(shim: Kernels) -> None:
-    for case in (relu, collapsed):
-        check(shim, *data(case, 140, 300, 65), "cosine", TILE_HOPPER)
-    assert check(shim, *data(all_equal, 30, 300, 40), tile=TILE_HOPPER) == (0, 30)
-
-
-@pytest.mark.parametrize("call", ["search", "products"])
-def test_hopper_variant_is_the_first_thing_that_a_thread_does(shim: Kernels, call: str) -> None:
-    """With a codebook prepared elsewhere the thread has no CUDA context yet, which tensor maps need."""
-    z_ND, codes_KD = data(relu, 5, 40, 64)
-    prepared = shim.prepare(codes_KD, False)
-
-    def work() -> Tensor:
-        if call == "products":
-            return shim.products(z_ND.half(), codes_KD.half(), TILE_HOPPER).argmax(1)
-        return shim.search(z_ND, codes_KD, False, prepared, tile=TILE_HOPPER).index_N
-
-    expected_N = work()
-    with ThreadPoolExecutor(1) as fresh:
-        assert torch.equal(fresh.submit(work).result(), expected_N)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -374,78 +328,3 @@ def test_workspace_stays_below_64_mb(
             assert 0 < shim.workspace_bytes(n, k, dim, cosine, tile) <= 64_000_000
         per_code = shim.prepared_bytes(k, dim, cosine) - 2 * k * dim - 8 * dim
         assert 0 < per_code <= 24 * k + 6000
-
-
-def test_quantize_and_nearest_code_through_the_kernels(
-    shim: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The operators with the kernels inside, forward and backward, equal those with torch inside."""
-    z_ND, codes_KD = data(relu, 40, 60, 48)
-
-    def step(metric: str) -> list[Tensor]:
-        z, codes = z_ND.clone().requires_grad_(), codes_KD.clone().requires_grad_()
-        found = quantize(z, codes, metric)  # type: ignore[arg-type]
-        (found.vq_loss + 0.25 * found.commit_loss + found.quantised_ND.square().sum()).backward()
-        assert z.grad is not None
-        assert codes.grad is not None
-        return [*found, *nearest_code(z, codes, metric), z.grad, codes.grad]  # type: ignore[arg-type]
-
-    expected = [*step("l2"), *step("cosine")]
-    used = []
-
-    def kernels_in_use() -> Kernels:
-        used.append(1)
-        return shim
-
-    monkeypatch.setattr(kernels, "kernels", kernels_in_use)
-    found = [*step("l2"), *step("cosine")]
-    assert len(used) == 6  # two forward passes and two searches, and the codebook's gradient
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # the kernels sum gradients in float64
-
-
-def test_prepared_codebook(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "kernels", lambda: shim)
-    z_ND, codes_KD = data(CASES[0], 30, 50, 24)
-    prepared = PreparedCodebook(codes_KD)
-    expected_N = nearest_code(z_ND, codes_KD)[0]
-    assert torch.equal(nearest_code(z_ND, codes_KD, prepared=prepared)[0], expected_N)
-    assert torch.equal(quantize(z_ND, codes_KD, prepared=prepared).index_N, expected_N)
-    with pytest.raises(ValueError, match="prepared for 'l2', the search is by 'cosine'"):
-        nearest_code(z_ND, codes_KD, "cosine", prepared=prepared)
-    with pytest.raises(ValueError, match=r"of other codes \(\(50, 24\) torch.float32\)"):
-        nearest_code(z_ND, codes_KD.half(), prepared=prepared)
-    codes_KD[2] = z_ND[0]
-    with pytest.raises(ValueError, match=r"written to since .* refresh\(\)"):
-        nearest_code(z_ND, codes_KD, prepared=prepared)
-    prepared.refresh(torch.tensor([2]))
-    assert nearest_code(z_ND, codes_KD, prepared=prepared)[0][0] == 2
-    with pytest.raises(ValueError, match="needs contiguous codes"):
-        PreparedCodebook(codes_KD.T)
-
-
-@pytest.mark.parametrize("impl", ["cuda", "hopper"])
-def test_impl_for_cuda_without_cuda_says_so(impl: Literal["cuda", "hopper"]) -> None:
-    with pytest.raises(ValueError, match=rf"impl '{impl}' needs CUDA tensors .* on cpu"):
-        nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), impl=impl)
-
-
-def test_a_library_built_for_another_device_says_that_it_is_of_no_use(
-    shim: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usable = shim._lib.vqsa_codebook_usable
-    assert usable() == 1
-    monkeypatch.setenv("VQSA_SHIM_FAULT", "foreign")
-    assert usable() == 0
-
-
-def test_built_library_loads_without_a_driver_and_says_what_is_missing() -> None:
-    built = kernels.kernels()
-    if built is None:
-        pytest.skip("built without nvcc: there is no libvqsa_codebook.so")
-    if torch.cuda.is_available():
-        pytest.skip("there is a driver")
-    assert built.max_dim >= 2048
-    assert built._lib.vqsa_codebook_usable() == 0
-    with pytest.raises(RuntimeError, match="codebook kernels: asking for the device: "):
-        built.workspace_bytes(1, 1, 1, False)

@@ -63,8 +63,8 @@ VQSA_API int vqsa_codebook_search(const void* z, int32_t z_type, int64_t feature
 VQSA_API int64_t vqsa_codebook_segment_sum_bytes(int64_t count, int32_t dim);
 
 /// out[s] = Σ z[order[i]] over the i with slot[i] = s, or scale · Σ (code − z) where code (count, dim) is not null.
-/// slot ascends; negative ones and those from `slots` on are left out. out (slots, dim) is float64 where z is, else
-/// float32. Sums are float64 and come in a fixed order.
+/// slot ascends; negative ones and those from `slots` on are left out, but order names features there too. out
+/// (slots, dim) is float64 where z is, else float32. Sums are float64 and come in a fixed order.
 VQSA_API int vqsa_codebook_segment_sum(const void* z, int32_t z_type, int64_t count, int32_t dim, const int64_t* order,
                                        const int32_t* slot, const float* code, const double* scale, void* out,
                                        int64_t slots, void* workspace, void* stream);
