@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -160,6 +161,31 @@ def test_gradients_that_overflow_at_any_loss_scale_stop_the_run(
         ):
             run(picture_shards, tmp_path)
         assert list(tmp_path.glob("not_finite_step_000010_rank0.pt"))
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_the_step_after_the_last_overflow_does_not_change_what_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: bool
+) -> None:
+    """Several processes agree to stop one step later. What the others say counts too."""
+    noted = FiniteGuard()
+    for number in range(1, guard.MOST_SKIPS + 2):
+        noted.images(torch.tensor([number]), torch.tensor([True]))
+        noted.step(number, torch.tensor(True), skipped=skipped or number <= guard.MOST_SKIPS)
+    part = {"sample_id": torch.tensor([7])}
+    others: list[Any] = []
+    monkeypatch.setattr(guard, "batch_again", lambda *arguments: [part])
+    monkeypatch.setattr(guard, "gather_object", lambda mine: mine + others)
+
+    def said() -> str:
+        place = cast(Accelerator, SimpleNamespace(process_index=1, num_processes=2))
+        unused: Any = None
+        return str(guard.not_finite(place, noted, tmp_path, unused, unused, nullcontext))
+
+    assert "fp16 gradients of step 40 and the 39 before overflow at any loss scale: samples [7] of" in said()
+    assert "Nothing was learnt from them; " in said()
+    others.append((39, False, True, "samples [3] of rank 0's 8"))
+    assert "loss or gradients of step 39 are not finite: samples [3] of rank 0's 8. Nothing was sa" in said()
 
 
 # Data that does not come

@@ -33,6 +33,8 @@ class FiniteGuard:
         """First optimiser step (from 1) that was not finite on this process."""
         self.bad_samples: list[int] = []
         """Samples of that step whose own logits or features were not finite."""
+        self.overflowed = False
+        """Whether that step is bad because it is the last of MOST_SKIPS."""
         self.skips = 0
         """Steps in a row, up to the newest, that were skipped because fp16 gradients overflowed."""
 
@@ -51,7 +53,7 @@ class FiniteGuard:
         """
         self.skips = self.skips + 1 if skipped else 0
         if self.skips >= MOST_SKIPS and self.bad_step is None:
-            self.bad_step = step
+            self.bad_step, self.overflowed = step, True
         sample_id = torch.cat([ids for ids, _ in self._images])
         flags = torch.cat([finite.view(1), *(flags for _, flags in self._images)])
         self._images = []
@@ -137,16 +139,16 @@ def not_finite(
         named = guard.bad_samples or ids
         whose = "this process's" if accelerator.num_processes == 1 else f"rank {rank}'s"
         where = f"samples {named[:16]} of {whose} {len(ids)}; {batch}"
-        mine = [(guard.bad_step, bool(guard.bad_samples), where)]
+        mine = [(guard.bad_step, guard.overflowed, bool(guard.bad_samples), where)]
     said = gather_object(mine)
-    step = min(number for number, _, _ in said)
+    step, overflowed = min((number, overflowed) for number, overflowed, _, _ in said)
     # Gradients are averaged: one process's image makes those of all bad.
-    culprits = [words for _, named, words in said if named] or [words for _, _, words in said]
+    culprits = [words for *_, named, words in said if named] or [words for *_, words in said]
     saved = "Nothing was saved since"
     what = f"loss or gradients of step {step} are not finite"
-    if guard.skips >= MOST_SKIPS:
-        what = f"fp16 gradients of step {step} and the {guard.skips - 1} before overflow at any loss scale"
-        saved = "Nothing was learnt since"
+    if overflowed:
+        what = f"fp16 gradients of step {step} and the {MOST_SKIPS - 1} before overflow at any loss scale"
+        saved = "Nothing was learnt from them"
     return FloatingPointError(
         f"{what}: {'; '.join(culprits)}. {saved}; --resume auto meets this step again: give it --allow-changes with a "
         "lower optim.lr, an optim.clip_norm or another precision"
