@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,18 @@ class MetricsFile:
             for record in read_metrics(path)
             if record["step"] < step or (record["step"] == step and not again & record.keys())
         ]
-        if step == 0:
-            _put_aside(path)
         partial = path.with_suffix(".tmp")
         try:
             with partial.open("w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
                 file.flush()
                 os.fsync(file.fileno())
+            if step == 0:
+                _put_aside(path)
             partial.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise OSError(f"{path} could not be written ({error}); make room and start again") from None
         self._file = path.open("a")
 
