@@ -154,6 +154,59 @@ def test_a_file_system_without_locks_is_told_of(
         )
 
 
+def of_another_user(monkeypatch: pytest.MonkeyPatch, allowed: set[int]) -> None:
+    """Let run.lock be opened for nothing else, as permissions would; root may do everything."""
+    opened = os.open
+
+    def refusing(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_ACCMODE not in allowed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+def test_a_folder_of_another_user_is_held_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.lock"
+    with locked(tmp_path), monkeypatch.context() as other:
+        of_another_user(other, {os.O_RDONLY})
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on "), locked(tmp_path):
+            pass
+    signed = path.read_text()
+    with monkeypatch.context() as other:
+        of_another_user(other, {os.O_RDONLY})
+        with locked(tmp_path):
+            assert f"{path} is another user's: it holds, but does not name this run" in caplog.text
+            other.undo()
+            with pytest.raises(ValueError, match="two runs would mix"), locked(tmp_path):
+                pass
+    assert path.read_text() == signed
+
+
+def test_a_lock_that_may_not_be_taken_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even read; read, but on NFS; and a folder that may not be written, whose lock is not there yet."""
+    advice = r"run\.lock cannot be locked \({}\): it is another user's; have its owner do chmod a\+rw on it, or del"
+    of_another_user(monkeypatch, set())
+    with pytest.raises(PermissionError, match=r"Permission denied: .*run\.lock"), locked(tmp_path):
+        pass
+    (tmp_path / "run.lock").write_text("")
+    with pytest.raises(ValueError, match=advice.format("Permission denied")), locked(tmp_path):
+        pass
+    monkeypatch.undo()
+    of_another_user(monkeypatch, {os.O_RDONLY})
+
+    def for_writers(*arguments: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", for_writers)
+    with pytest.raises(ValueError, match=advice.format("Bad file descriptor")), locked(tmp_path):
+        pass
+
+
 @pytest.mark.slow
 def test_a_launchers_end_ends_its_one_process_with_a_checkpoint(picture_shards: Path, tmp_path: Path) -> None:
     """`accelerate launch` of one process passes no signal on. Meanwhile another run in the folder is refused."""
