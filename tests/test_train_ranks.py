@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import environment
+from ranks import free_port
 
 from tools.runtime import heartbeat, watchdog
 
@@ -198,7 +198,8 @@ def test_what_was_stopped_in_a_validation_goes_on_exactly(failing: dict[str, Any
 def test_a_process_that_never_comes_is_not_waited_for_for_ever(picture_shards: Path, tmp_path: Path) -> None:
     """The second of two processes is never started."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29811"}
+    port = str(free_port())
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "train.py", "--recipe", "tests/tiny.toml", "--data", str(picture_shards)]
     ended = subprocess.run(
         [*command, "--out", str(tmp_path), "--join-within-s", "3"],
@@ -209,7 +210,7 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(picture_shards: P
         timeout=120,
     )
     assert ended.returncode == 1
-    assert "rank 0 of 2 waited 3 s at 127.0.0.1:29811 for all processes to join" in ended.stderr
+    assert f"rank 0 of 2 waited 3 s at 127.0.0.1:{port} for all processes to join" in ended.stderr
 
 
 BEATING = """
@@ -231,9 +232,7 @@ with Heartbeat(lost_after_s=3):
 
 def beating(*prefixes: tuple[str, ...]) -> list[subprocess.Popen[str]]:
     """Start processes that only beat, each by its own command, and wait until they do."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [*prefix, sys.executable, "-c", BEATING],
