@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import codebook, codebook_methods, corruptions, evaluation, loader
+from benchmarks.codebook_bounds import RATES
 from model.codebook import nearest_code
 
 
@@ -61,7 +62,7 @@ def failing(message: str) -> Any:
 def measured(methods: dict[str, Any], kept: list[Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(codebook, "methods", lambda z_ND, codes_KD: methods)
     command = codebook.CodebookBenchmark(repeats=3)
-    return codebook.measure(command, 8, 5, 4, torch.device("cpu"), kept.append)
+    return codebook.measure(command, 8, 5, 4, torch.device("cpu"), RATES[0], kept.append)
 
 
 def test_a_method_of_others_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_a_wandb_run_is_named_after_its_folder_and_goes_on(
     """Beside TensorBoard, which stays in its own folder. Not W&B itself: a module that only notes its calls."""
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "__init__.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     monkeypatch.setenv("WANDB_TOLD", str(tmp_path / "told"))
