@@ -55,8 +55,9 @@ class TrainCommand(RunConfig):
     """TOML file with starting values, such as recipes/paper.toml."""
 
     resume: str = "no"
-    """"auto": go on from the newest whole checkpoint in `out`, or start there if it has none. A path: go on
-    from that checkpoint. "no": start; refuses a folder that already has checkpoints."""
+    """"auto": go on from the newest whole checkpoint in `out`, or start there if it has none; refuses one that
+    has only damaged ones. A path: go on from that checkpoint. "no": start; refuses a folder that already has
+    checkpoints."""
 
     allow_changes: bool = False
     """Go on though the length of the run, its learning rates, clip_norm, precision, compile, fused or patience are
@@ -81,8 +82,6 @@ def train(command: TrainCommand) -> int:
         start = starting_point(
             command.resume, config, store.classes, total, allow_changes=command.allow_changes
         )
-        if not command.dry_run:
-            tell_of_early_end(config.out, step=0 if start is None else start.step, total=total)
         accelerator = make_accelerator(config)
         if accelerator.is_main_process and not command.dry_run:
             forget_status(config.out)
@@ -91,6 +90,9 @@ def train(command: TrainCommand) -> int:
         with Heartbeat(lost_after_s=config.lost_after_s) as heartbeat:
             opened.callback(heartbeat.all_closed)
             check_agreement(accelerator, start, config.out)
+            if accelerator.is_main_process and not command.dry_run:
+                step = 0 if start is None else start.step
+                tell_of_early_end(config.out, step=step, total=total, told_within_s=heartbeat.told_within_s)
             return run(command, config, store, val_store, start, accelerator, heartbeat, opened)
 
 

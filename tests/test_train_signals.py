@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, start, wait_for_step
+from conftest import ROOT, environment, finish, start, wait_for_step
 
 import model
 import train
 from tools.runtime import checkpoint
 from tools.runtime.config import parse_command
-from tools.runtime.interrupt import signals_answered
+from tools.runtime.interrupt import StopRequest, signals_answered
 
 TINY = "tests/tiny.toml"
 
@@ -25,7 +25,7 @@ TINY = "tests/tiny.toml"
 def test_torchrun_passes_the_signals_on_that_it_is_told_to(picture_shards: Path, tmp_path: Path) -> None:
     """SIGUSR1, Slurm's warning, as docs/training.md says: without the option it would end the launcher alone."""
     launcher = start(
-        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29813"),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
         *("train.py", "--recipe", TINY, "--data", str(picture_shards), "--out", str(tmp_path)),
         *("--steps", "4000", "--checkpoint-every", "4000"),
@@ -71,29 +71,59 @@ def test_a_signal_to_a_process_that_ends_does_not_change_its_code() -> None:
     assert "train.py: what went wrong" in ended.stderr
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_signal_before_the_loop_stands_in_the_status(
-    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+    picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written by the first process; the model is built when the signal comes."""
+    """The model is built when the signal comes."""
     (tmp_path / "status.json").write_text("{}")
     arguments = ["--recipe", TINY, "--data", str(picture_shards), "--out", str(tmp_path)]
     child = os.fork()
     if not child:
         monkeypatch.setattr(model, "build", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        monkeypatch.setenv("RANK", rank)
         try:
             with signals_answered():
                 train.train(parse_command(train.TrainCommand, arguments))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
-    if rank == "0":
-        status = json.loads((tmp_path / "status.json").read_text())
-        assert (status["exit_code"], status["step"], status["total"]) == (75, 0, 12)
-        assert "before the first step" in status["why"]
-    else:
-        assert not (tmp_path / "status.json").exists()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["exit_code"], status["step"], status["total"]) == (75, 0, 12)
+    assert "before the first step" in status["why"]
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_elsewhere_is_not_one_to_repeat(picture_shards: Path, tmp_path: Path) -> None:
+    """A launcher sends SIGTERM to the others then, as a scheduler does who wants the machine."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport model, train\n"
+        "def build(*_):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise RuntimeError('no room for the model')\n"
+        "    time.sleep(100)\n"
+        "model.build = build\n"
+        "train.main()\n"
+    )
+    launcher = start(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)),
+        *("--recipe", TINY, "--data", str(picture_shards), "--out", str(tmp_path / "run")),
+        *("--lost-after-s", "15"),
+    )
+    assert "failed: RuntimeError: no room for the model" in finish(launcher, 1)
+    assert not (tmp_path / "run" / "status.json").exists()
+
+
+def test_a_signal_after_the_loop_changes_nothing() -> None:
+    """While what is open is closed, which may take a while."""
+    child = os.fork()
+    if not child:
+        with signals_answered():
+            with StopRequest():
+                pass
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,7 +45,7 @@ _SIGNALS = {
 }
 
 
-_early_end: Callable[[], None] | None = None  # writes status.json, until the loop starts
+_write_early_end: Callable[[], None] | None = None  # into status.json, until the loop starts
 
 
 @contextmanager
@@ -58,14 +57,9 @@ def signals_answered() -> Iterator[None]:
     signal would then put another code in the place of this one. What is ignored stays ignored.
     """
 
-    def end(*_: object) -> None:
-        if _early_end is not None:
-            _early_end()
-        os._exit(Stop.PREEMPTED.exit_code)
-
     schedulers = [number for number, reason in _SIGNALS.items() if reason is Stop.PREEMPTED]
     for number in schedulers:
-        signal.signal(number, end)
+        signal.signal(number, _end_early)
     try:
         yield
     finally:
@@ -73,22 +67,35 @@ def signals_answered() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
-def tell_of_early_end(out: Path, *, step: int, total: int) -> None:
-    """Let an end before the loop stand in the run's status.json: launchers hide its code. The first process writes it.
+def _end_early(*_: object) -> None:
+    if _write_early_end is not None:
+        _write_early_end()
+    os._exit(Stop.PREEMPTED.exit_code)
+
+
+def tell_of_early_end(out: Path, *, step: int, total: int, told_within_s: float) -> None:
+    """Let an end before the loop stand in the run's status.json: launchers hide its code. For the first process.
 
     Args:
         out: the run's folder.
         step, total: where the run stands, and its length.
+        told_within_s: time in which this process learns of, and ends by, another one's failure. A launcher sends
+            SIGTERM then too, and to go on would be the wrong advice.
     """
-    global _early_end
+    global _write_early_end
     why = "asked to stop before the first step; go on with --resume auto"
     status = {"exit_code": Stop.PREEMPTED.exit_code, "step": step, "total": total, "why": why}
-    if os.environ.get("RANK", "0") == "0":
-        _early_end = partial(write_status, out, status)
+
+    def write() -> None:
+        time.sleep(told_within_s)
+        write_status(out, status)
+
+    _write_early_end = write
 
 
 class StopRequest:
-    """Collects reasons to stop. A context manager: inside it SIGINT, SIGTERM and SIGUSR1 are requests.
+    """Collects reasons to stop. A context manager: inside it SIGINT, SIGTERM and SIGUSR1 are requests. After it a
+    scheduler's do nothing in a process of `signals_answered`.
 
     The first signal lets the step finish; a second Ctrl-C stops at once. On several processes all must enter
     together.
@@ -106,10 +113,10 @@ class StopRequest:
         self._asked: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
-        global _early_end
+        global _write_early_end
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
-        _early_end = None
+        _write_early_end = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             # On the CPU whatever the model runs on, so that asking never waits for a GPU.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience_s))
@@ -117,7 +124,8 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not _end_early:  # the run has its code now, and what is open is to be closed
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A launcher answers Ctrl-C by sending its processes another signal at once, and only later kills them:
