@@ -11,8 +11,9 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from conftest import start, wait_for_step
 
+import tools.evaluate
+import tools.profile_throughput
 import train
 from tools.runtime import checkpoint, launch, launcher
 from tools.runtime.config import RunConfig, parse_command
@@ -233,3 +236,15 @@ def test_a_launchers_end_ends_its_one_process_with_a_checkpoint(picture_shards: 
     assert [c.step for c in checkpoint.complete(tmp_path / "checkpoints")] == [status["step"]]
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("command", [tools.evaluate, tools.profile_throughput])
+def test_other_commands_end_with_their_launcher_too(
+    monkeypatch: pytest.MonkeyPatch, command: ModuleType
+) -> None:
+    asked = []
+    monkeypatch.setattr(command, "end_with_launcher", lambda: asked.append(command))
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert asked == [command]

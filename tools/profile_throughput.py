@@ -20,6 +20,7 @@ from tools.profiling import clock, compare, measure, memory, page, sweep, table,
 from tools.profiling.session import Session
 from tools.runtime.config import RunConfig, parse_command, validated
 from tools.runtime.launch import make_accelerator, set_up_log
+from tools.runtime.launcher import end_with_launcher
 
 _OWN = {"recipe", "device", "rounds", "seconds", "try_changes", "sweep", "trace", "compare", "rate_only"}
 
@@ -151,6 +152,7 @@ def profile(command: ProfileCommand) -> None:
 def main() -> None:
     """Run the command line; what the user got wrong is said in a line, without a traceback."""
     set_up_log()
+    end_with_launcher()
     try:
         command = parse_command(ProfileCommand)
         if command.compare is not None:

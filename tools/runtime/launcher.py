@@ -28,8 +28,10 @@ _MODES = {
 _LAUNCHERS = {
     "accelerate",
     "accelerate-launch",
+    "accelerate.commands.accelerate_cli",
     "accelerate.commands.launch",
     "torchrun",
+    "torch.distributed.launch",
     "torch.distributed.run",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -93,7 +95,7 @@ def is_first() -> bool:
 def end_with_launcher() -> None:
     """Let SIGTERM come when the launcher that started this process ends, so that no process is left behind.
 
-    For one process `accelerate launch` passes no signal on: it ends by SIGTERM itself and its process would train on
+    For one process `accelerate launch` passes no signal on: it ends by SIGTERM itself and its process would go on
     unseen. Linux alone has this. The kernel goes by the thread that started the process: both launchers do that in
     their first.
     """
