@@ -115,20 +115,34 @@ def test_searches_go_on_with_mma_until_the_outcome_is_there(
     assert variant_for(shim, CPU).tile == TILE_ANY
 
 
-def test_a_trial_that_runs_out_of_memory_ends_nothing(shim: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            r"not tried on cpu: memory ran out in its trial \(CUDA out of memory",
+        ),
+        (
+            RuntimeError("codebook kernels: the driver is too old"),
+            r"does not work on cpu: codebook kernels: the dri",
+        ),
+    ],
+    ids=["out of memory", "refused"],
+)
+def test_a_trial_that_cannot_be_queued_ends_nothing(
+    shim: Kernels, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, words: str
+) -> None:
     tried: list[Choice] = []
 
     def agree(self: Choice) -> Tensor:
         tried.append(self)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(Choice, "_agree", agree)
     monkeypatch.setattr(kernels, "kernels", lambda: shim)
     z_ND, codes_KD = data(relu, 140, 600, 137)
     expected_N = search_in_blocks(z_ND, codes_KD, False, 256)[0]
-    with pytest.warns(
-        RuntimeWarning, match=r"not tried on cpu: memory ran out in its trial \(CUDA out of memory"
-    ):
+    with pytest.warns(RuntimeWarning, match=words):
         assert torch.equal(nearest_code(z_ND, codes_KD)[0], expected_N)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,3 +106,9 @@ def test_a_library_with_code_for_the_device_is_used(shim: Kernels, monkeypatch: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert shim.usable(torch.device("cpu"))
+
+
+def test_a_library_of_older_sources_says_what_to_do() -> None:
+    """The C library stands in for one: it has none of the functions."""
+    with pytest.raises(RuntimeError, match=r"libc\.so\.6 was built from older sources; build it again"):
+        Kernels(Path("libc.so.6"))

@@ -101,7 +101,7 @@ class Choice:
         return True
 
     def _queue(self) -> None:
-        """Queue the trial. Where memory is too short for it, the caller's step goes on, with mma.sync for good."""
+        """Queue the trial. Where that cannot be done, the caller's step goes on, with mma.sync for good."""
         try:
             self._outcome_1.copy_(self._agree(), non_blocking=True)
         except torch.OutOfMemoryError as error:
@@ -110,6 +110,9 @@ class Choice:
                 f"the Hopper search kernel was not tried on {self._device}: memory ran out in its trial ({error}); "
                 f"using the mma.sync kernels, which give the same answers. {VARIABLE}=mma avoids the trial"
             )
+        except RuntimeError as error:  # a driver that is too old for tensor maps, a launch that is refused
+            self._trusted = False
+            self._warn_broken(str(error))
 
     def _warn_broken(self, why: str) -> None:
         self._warn(

@@ -47,6 +47,11 @@ class Kernels:
     def __init__(self, path: Path, device_type: str = "cuda") -> None:
         self.device_type = device_type
         lib = ctypes.CDLL(str(path))
+        if not hasattr(lib, "vqsa_codebook_usable"):
+            raise RuntimeError(
+                f"{path} was built from older sources; build it again, where nvcc is found: "
+                "pip install --no-build-isolation --no-deps -e ."
+            )
         i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
         lib.vqsa_codebook_last_error.restype = ctypes.c_char_p
         lib.vqsa_codebook_max_dim.restype = i64

@@ -64,11 +64,13 @@ class PreparedCodebook:
             self._buffer = None
         else:
             stream = stream_of(codes_KD)
-            if not self._in_place() or stream != self._stream:
+            if not self._in_place():
                 changed_T = None
             # Searches on another stream may not have read the old one yet.
             if not self._fits(codes_KD) or stream != self._stream:
                 self._buffer = None
+            if self._buffer is None:
+                changed_T = None
             self._stream = stream
             self._buffer = kernels.prepare(codes_KD, self.metric == "cosine", self._buffer, changed_T)
         # Not only its address: memory that is held cannot become another tensor's.
