@@ -36,14 +36,18 @@ def reference() -> Any | None:
         return str(Path(next(iter(spec.submodule_search_locations or ()))) / path)
 
     shim.resource_filename = resource_filename  # type: ignore[attr-defined]
-    sys.modules.setdefault("pkg_resources", shim)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import cv2
-        import imagecorruptions.corruptions as module
-        import skimage.color
-        import skimage.util
-        from skimage.filters import gaussian
+    stands_in = sys.modules.setdefault("pkg_resources", shim) is shim
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import cv2
+            import imagecorruptions.corruptions as module
+            import skimage.color
+            import skimage.util
+            from skimage.filters import gaussian
+    finally:
+        if stands_in:  # others take it for the whole of setuptools' module
+            del sys.modules["pkg_resources"]
 
     cv2.setNumThreads(1)
 

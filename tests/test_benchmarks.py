@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks import codebook, codebook_methods, corruptions, evaluation, loader
 from benchmarks.codebook_bounds import RATES
+from benchmarks.reference import reference
 from model.codebook import nearest_code
 
 
@@ -136,3 +138,12 @@ def test_evaluation_ratios_use_medians() -> None:
     )
     ms["ours"]["p80"] = 2.0
     assert evaluation.compared(ms)["without_model"] is None
+
+
+def test_the_reference_leaves_no_stand_in_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unfinished `pkg_resources` breaks whoever looks for it later in the process, torch's compiler for one."""
+    if importlib.util.find_spec("imagecorruptions") is None:
+        pytest.skip("imagecorruptions is not installed")
+    monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
+    reference()
+    assert "pkg_resources" not in sys.modules
