@@ -97,9 +97,8 @@ class Heartbeat:
     @property
     def told_within_s(self) -> float:
         """Time in which a failure of another process, once posted, ends this one; 0 alone."""
-        return (
-            0.0 if self._thread is None else 4 * self._interval_s
-        )  # the first process waits two before it ends
+        # Up to one interval to read it; the first process waits two more before it ends.
+        return 0.0 if self._thread is None else 4 * self._interval_s
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
